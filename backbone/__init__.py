@@ -1,0 +1,1 @@
+"""The networks, and everything that must agree between training and serving."""

@@ -1,0 +1,1 @@
+"""Vectors on disk and in memory: SQLite holds the truth, FAISS answers the searches."""

@@ -1,0 +1,1 @@
+"""The microservice: embeddings, attention maps, similarity search and copies over HTTP."""

@@ -1,0 +1,1 @@
+"""DINO pretraining, its evaluations, and the export of the teacher's backbone."""
