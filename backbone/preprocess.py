@@ -1,0 +1,121 @@
+"""Picture -> tensor, the same in training's evaluations and in the service."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_BICUBIC = Image.Resampling.BICUBIC
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """How a model wants its pictures.
+
+    Attributes:
+        resize: the short side is scaled to this many pixels (bicubic, antialiased) ...
+        crop: ... and a square of this many pixels is cut from the centre.
+        copy_size: side in pixels of the square that a picture is squashed to for the copy
+            descriptor (320 in the paper, section 4.2).
+        mean, std: of each channel, on a scale of 0 to 1.
+
+    Raises:
+        ValueError: a field that cannot be.
+    """
+
+    resize: int = 256
+    crop: int = 224
+    copy_size: int = 320
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        for field in ("resize", "crop", "copy_size"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{field} is {value!r}, not a positive whole number of pixels")
+        if self.crop > self.resize:
+            raise ValueError(f"crop {self.crop} is larger than resize {self.resize}")
+        if not self.mean or len(self.mean) != len(self.std):
+            raise ValueError(
+                f"mean has {len(self.mean)} channels and std {len(self.std)}; "
+                "both must have as many as a picture, at least one"
+            )
+        if not all(math.isfinite(m) for m in self.mean):
+            raise ValueError(f"mean {self.mean} is not finite")
+        if not all(math.isfinite(s) and s > 0 for s in self.std):
+            raise ValueError(f"std {self.std} is not positive")
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        """Reads what `dataclasses.asdict` wrote, after JSON has turned tuples into lists.
+
+        Raises:
+            ValueError: a missing, unknown or impossible field.
+        """
+        known = set(cls.__dataclass_fields__)
+        if unknown := sorted(set(value) - known):
+            raise ValueError(f"unknown fields {unknown}; known are {sorted(known)}")
+        if missing := sorted(known - set(value)):
+            raise ValueError(f"missing fields {missing}")
+        for field in ("mean", "std"):
+            numbers = value[field]
+            if not isinstance(numbers, list) or not all(
+                isinstance(n, int | float) and not isinstance(n, bool) for n in numbers
+            ):
+                raise ValueError(f"{field} is {numbers!r}, not a list of numbers")
+        return cls(**{**value, "mean": tuple(value["mean"]), "std": tuple(value["std"])})
+
+    def centre_crop(self, picture: Image.Image) -> Tensor:
+        """The evaluation's view: short side to `resize`, centre square of `crop`; [C, crop, crop]."""
+        width, height = picture.size
+        scale = self.resize / min(width, height)
+        # The long side is rounded down, as torchvision's Resize does it.
+        size = (
+            self.resize if width <= height else int(self.resize * width / height),
+            self.resize if height <= width else int(self.resize * height / width),
+        )
+        if scale != 1.0:
+            picture = self._channels(picture).resize(size, _BICUBIC)
+        left = round((size[0] - self.crop) / 2)
+        top = round((size[1] - self.crop) / 2)
+        return self.to_tensor(picture.crop((left, top, left + self.crop, top + self.crop)))
+
+    def whole(self, picture: Image.Image, *, short_side: int, multiple: int) -> Tensor:
+        """The picture in its own aspect ratio, [C, H, W], both sides multiples of `multiple`.
+
+        The short side becomes the multiple nearest `short_side`, the long one the multiple nearest
+        to the same scale; at most 4 times the short one, so that a sliver does not become a giant.
+        """
+        width, height = picture.size
+        short = max(1, round(short_side / multiple))
+        long = max(short, round(short * min(max(width, height) / min(width, height), 4.0)))
+        columns, rows = (short, long) if width <= height else (long, short)
+        size = (columns * multiple, rows * multiple)
+        return self.to_tensor(self._channels(picture).resize(size, _BICUBIC))
+
+    def squash(self, picture: Image.Image, *, multiple: int) -> Tensor:
+        """The copy descriptor's view: the whole picture as a square near `copy_size`, [C, S, S]."""
+        side = max(1, round(self.copy_size / multiple)) * multiple
+        return self.to_tensor(self._channels(picture).resize((side, side), _BICUBIC))
+
+    def to_tensor(self, picture: Image.Image) -> Tensor:
+        """8-bit picture -> normalised float32 [C, H, W]."""
+        pixels = np.array(self._channels(picture), dtype=np.float32)
+        tensor = torch.from_numpy(pixels.reshape(picture.height, picture.width, -1))
+        mean = torch.tensor(self.mean) * 255.0
+        std = torch.tensor(self.std) * 255.0
+        return ((tensor - mean) / std).permute(2, 0, 1).contiguous()
+
+    def _channels(self, picture: Image.Image) -> Image.Image:
+        mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(len(self.mean))
+        if mode is None:
+            raise ValueError(f"pictures of {len(self.mean)} channels cannot be made from files")
+        return picture if picture.mode == mode else picture.convert(mode)
