@@ -1,0 +1,69 @@
+"""Processes and their collectives; on one process each of them is the identity."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place: `rank` of `size`, and the device it computes on."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and speaks."""
+        return self.rank == 0
+
+
+@contextmanager
+def world(device: str) -> Iterator[World]:
+    """Joins the processes that torchrun started, NCCL on CUDA and gloo elsewhere; leaves at the end.
+
+    Args:
+        device: "cpu", "cuda", or "auto" for CUDA where there is one.
+
+    Raises:
+        ValueError: CUDA was asked for and is not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda', but torch finds no CUDA device here; use 'cpu'")
+    place = torch.device("cpu")
+    if device == "cuda":
+        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(place)
+    if "RANK" not in os.environ:
+        yield World(0, 1, place)
+        return
+    # device_ids are named, or NCCL guesses them and warns.
+    named = {"device_id": place} if device == "cuda" else {}
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", **named)
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), place)
+    finally:
+        dist.destroy_process_group()
+
+
+def all_reduce_mean(value: Tensor) -> Tensor:
+    """The mean of each process's `value`, on every process."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    value = value.clone()
+    dist.all_reduce(value)
+    return value / dist.get_world_size()
+
+
+def barrier() -> None:
+    """Waits until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()

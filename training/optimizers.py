@@ -1,0 +1,78 @@
+"""Parameter groups, and LARS, which the framework does not have."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
+    """Two groups: weights, which decay, and biases and one-dimensional parameters, which do not.
+
+    As in the original, "not decayed" is a weight_decay of 0 that the loop never changes, and
+    CLS, positions and the last layer's gain (all of more than one dimension) decay.
+    """
+    decayed, kept = [], []
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            (kept if name.endswith(".bias") or parameter.ndim == 1 else decayed).append(parameter)
+    return [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
+
+
+def make_optimizer(name: str, network: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that a recipe names: adamw, sgd or lars; the loop sets lr and weight decay.
+
+    Raises:
+        ValueError: another name.
+    """
+    groups = parameter_groups(network)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, fused=True)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+    if name == "lars":
+        return Lars(groups)
+    raise ValueError(f"optimizer {name!r} is not one of adamw, sgd, lars")
+
+
+def set_rates(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float) -> None:
+    """Sets this step's learning rate everywhere, its weight decay in the first group alone."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.param_groups[0]["weight_decay"] = weight_decay
+
+
+class Lars(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (arXiv 1708.03888).
+
+    Biases and norms (one-dimensional parameters) get plain momentum SGD: neither decay nor scaling.
+    """
+
+    def __init__(self, params: Any, *, momentum: float = 0.9, eta: float = 0.001) -> None:
+        super().__init__(params, {"lr": 0.0, "weight_decay": 0.0, "momentum": momentum, "eta": eta})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update; `closure` is refused."""
+        if closure is not None:
+            raise ValueError("LARS takes no closure")
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                update = parameter.grad
+                if parameter.ndim != 1:
+                    update = update.add(parameter, alpha=group["weight_decay"])
+                    update = update * _trust_ratio(parameter, update, group["eta"])
+                state = self.state[parameter]
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                state["momentum"].mul_(group["momentum"]).add_(update)
+                parameter.add_(state["momentum"], alpha=-group["lr"])
+
+
+def _trust_ratio(parameter: Tensor, update: Tensor, eta: float) -> Tensor:
+    weight_norm, update_norm = parameter.norm(), update.norm()
+    ratio = eta * weight_norm / update_norm
+    return torch.where((weight_norm > 0) & (update_norm > 0), ratio, torch.ones_like(ratio))
