@@ -54,6 +54,12 @@ class Preprocess:
             raise ValueError(f"std {self.std} is not positive")
 
     @classmethod
+    def in_proportion(cls, side: int, *, patch_size: int) -> Self:
+        """The paper's sizes for a network trained on crops of `side`: 256 : 224 : 320 (copies)."""
+        copy_size = max(1, round(side * 320 / 224 / patch_size)) * patch_size
+        return cls(resize=round(side * 256 / 224), crop=side, copy_size=copy_size)
+
+    @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
         """Reads what `dataclasses.asdict` wrote, after JSON has turned tuples into lists.
 

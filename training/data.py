@@ -253,7 +253,7 @@ def crop_loader(
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pin_memory,
-        worker_init_fn=_one_thread,
+        worker_init_fn=one_thread,
     )
 
 
@@ -261,7 +261,8 @@ def _collate(samples: list[tuple[Tensor, Tensor]]) -> Crop:
     return Crop(*(torch.stack(part, dim=1) for part in zip(*samples, strict=True)))
 
 
-def _one_thread(_: int) -> None:
+def one_thread(_: int) -> None:
+    """For a loader's worker: leaves the cores to the other workers."""
     torch.set_num_threads(1)
 
 

@@ -7,7 +7,6 @@ Run the same command again to go on from the last snapshot in `run_dir`.
 """
 
 import argparse
-import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -35,6 +34,7 @@ from training.distributed import World, barrier, world
 from training.loss import DinoLoss, LossTerms
 from training.monitors import Monitor
 from training.optimizers import make_optimizer, set_rates
+from training.precision import autocast, autocast_dtype
 from training.schedules import cosine, linear_warmup
 
 
@@ -137,7 +137,7 @@ def rates_at(step: int, steps_per_epoch: int, recipe: Recipe, *, batch: int) -> 
             base=optimizer.lr * batch / 256,
             final=optimizer.min_lr,
             total_steps=total,
-            warmup_steps=optimizer.warmup_epochs * steps_per_epoch,
+            warmup_steps=round(optimizer.warmup_epochs * steps_per_epoch),
         ),
         weight_decay=cosine(
             step,
@@ -191,9 +191,6 @@ def make_training(recipe: Recipe, here: World) -> Training:
         student_temperature=recipe.loss.student_temperature,
         center_momentum=recipe.loss.center_momentum,
     ).to(here.device)
-    bf16 = recipe.precision == "bf16" or (
-        recipe.precision == "auto" and here.device.type == "cuda"
-    )
     return Training(
         student=student,
         parallel=parallel,
@@ -201,7 +198,7 @@ def make_training(recipe: Recipe, here: World) -> Training:
         loss=loss,
         optimizer=make_optimizer(recipe.optimizer.name, student),
         clip_grad=recipe.optimizer.clip_grad,
-        autocast=torch.bfloat16 if bf16 else None,
+        autocast=autocast_dtype(recipe.precision, here.device),
     )
 
 
@@ -220,10 +217,7 @@ def train_step(
     Returns the loss's terms and the gradient's norm before clipping, all scalars on the device.
     """
     set_rates(training.optimizer, lr=rates.lr, weight_decay=rates.weight_decay)
-    precision = contextlib.nullcontext() if training.autocast is None else torch.autocast(
-        crops[0].device.type, dtype=training.autocast
-    )
-    with precision:
+    with autocast(crops[0].device, training.autocast):
         with torch.no_grad():
             teacher = training.teacher(crops[:2])
         student = training.parallel(crops)

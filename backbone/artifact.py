@@ -1,0 +1,195 @@
+"""A published model: ONE .safetensors file whose header tells everything needed to use it.
+
+The header's `dinoscope` entry is a JSON object:
+
+    format_version   1
+    architecture     name, patch_size, image_size, in_channels (backbone.architectures)
+    preprocessing    resize, crop, copy_size, mean, std (backbone.preprocess)
+    provenance       how it was made: free JSON, `licence` among it
+    quality          what it measured: free JSON, e.g. {"knn": {"20": {"top1": .., "top5": ..}}}
+
+Reading checks all of it, and every tensor's name, shape and finiteness. Nothing is ever unpickled.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from backbone.architectures import Architecture
+from backbone.preprocess import Preprocess
+from backbone.vit import VisionTransformer
+
+FORMAT_VERSION = 1
+_ENTRY = "dinoscope"
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class ArtifactError(ValueError):
+    """A model file that cannot be used; the message names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A network's description and weights.
+
+    Attributes:
+        weights: name -> tensor, in the precision that they are stored in.
+        fingerprint: the first 16 hex digits of the SHA-256 of the file's content, "" before it
+            is written; vectors of models with different fingerprints cannot be compared.
+    """
+
+    architecture: Architecture
+    preprocess: Preprocess
+    weights: Mapping[str, Tensor]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    quality: Mapping[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
+
+    def network(self) -> VisionTransformer:
+        """The network in evaluation mode, float32, on the CPU."""
+        network = self.architecture.build()
+        network.load_state_dict({name: w.float() for name, w in self.weights.items()})
+        return network.eval().requires_grad_(False)
+
+
+def write_artifact(artifact: Artifact, path: Path) -> str:
+    """Writes the file as a whole or not at all; returns its fingerprint.
+
+    Raises:
+        ArtifactError: the weights are not those of the architecture, or not finite.
+    """
+    _check_weights(artifact.weights, artifact.architecture, path)
+    header = {
+        "format_version": FORMAT_VERSION,
+        "architecture": asdict(artifact.architecture),
+        "preprocessing": asdict(artifact.preprocess),
+        "provenance": dict(artifact.provenance),
+        "quality": dict(artifact.quality),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.partial")
+    weights = {name: w.detach().cpu().contiguous() for name, w in artifact.weights.items()}
+    text = json.dumps(header, sort_keys=True, allow_nan=False)
+    save_file(weights, temporary, metadata={_ENTRY: text})
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    return _fingerprint(path)
+
+
+def read_artifact(path: Path) -> Artifact:
+    """Reads and checks a model file.
+
+    Raises:
+        ArtifactError: the file is missing, damaged, of another format, or contradicts itself.
+    """
+    if not path.is_file():
+        raise ArtifactError(f"model file {str(path)!r} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            header = _header(metadata, path)
+            architecture, preprocess = _parts(header, path)
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path} is not a readable safetensors file: {error}") from error
+    _check_weights(weights, architecture, path)
+    return Artifact(
+        architecture=architecture,
+        preprocess=preprocess,
+        weights=weights,
+        provenance=header["provenance"],
+        quality=header["quality"],
+        fingerprint=_fingerprint(path),
+    )
+
+
+def _header(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+    if _ENTRY not in metadata:
+        raise ArtifactError(
+            f"{path} has no {_ENTRY!r} entry in its header: it was not written by "
+            "`python -m training.export`"
+        )
+    try:
+        header = json.loads(metadata[_ENTRY])
+    except json.JSONDecodeError as error:
+        raise ArtifactError(f"the header of {path} is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise ArtifactError(f"the header of {path} is not a JSON object")
+    version = header.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{path} has format version {version!r}; this program reads {FORMAT_VERSION}"
+        )
+    for name in ("architecture", "preprocessing", "provenance", "quality"):
+        if not isinstance(header.get(name), dict):
+            raise ArtifactError(f"the header of {path} has no object {name!r}")
+    return header
+
+
+def _parts(header: dict[str, Any], path: Path) -> tuple[Architecture, Preprocess]:
+    described = header["architecture"]
+    known = set(Architecture.__dataclass_fields__)
+    if set(described) != known:
+        raise ArtifactError(
+            f"architecture in the header of {path} has the fields {sorted(described)}, "
+            f"not {sorted(known)}"
+        )
+    try:
+        architecture = Architecture(**described)
+        preprocess = Preprocess.from_json(header["preprocessing"])
+    except (ValueError, TypeError) as error:
+        raise ArtifactError(f"the header of {path}: {error}") from error
+    if len(preprocess.mean) != architecture.in_channels:
+        raise ArtifactError(
+            f"the header of {path}: preprocessing has {len(preprocess.mean)} channels, "
+            f"the architecture {architecture.in_channels}"
+        )
+    if preprocess.crop % architecture.patch_size:
+        raise ArtifactError(
+            f"the header of {path}: crop {preprocess.crop} is not a multiple of "
+            f"patch_size {architecture.patch_size}"
+        )
+    return architecture, preprocess
+
+
+def _check_weights(weights: Mapping[str, Tensor], architecture: Architecture, path: Path) -> None:
+    with torch.device("meta"):
+        expected = architecture.build().state_dict()
+    missing, unknown = sorted(expected.keys() - weights.keys()), sorted(
+        weights.keys() - expected.keys()
+    )
+    if missing or unknown:
+        raise ArtifactError(
+            f"the weights in {path} are not those of {architecture.name}: "
+            f"missing {missing[:3]}{_more(missing)}, unknown {unknown[:3]}{_more(unknown)}"
+        )
+    for name, tensor in weights.items():
+        if tensor.shape != expected[name].shape:
+            raise ArtifactError(
+                f"{name} in {path} has shape {list(tensor.shape)}, "
+                f"not {list(expected[name].shape)}"
+            )
+        if tensor.dtype not in _DTYPES:
+            raise ArtifactError(f"{name} in {path} is {tensor.dtype}, not a 16 or 32 bit float")
+        if not math.isfinite(tensor.float().abs().max().item()):
+            raise ArtifactError(f"{name} in {path} holds values that are not finite")
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - 3} more" if len(names) > 3 else ""
+
+
+def _fingerprint(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

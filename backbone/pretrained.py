@@ -1,0 +1,183 @@
+"""One way to name a model, everywhere: an artifact, an original DINO checkpoint, or a known name."""
+
+import argparse
+import difflib
+import hashlib
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backbone.architectures import VITS, Architecture
+from backbone.artifact import Artifact, ArtifactError, read_artifact
+from backbone.preprocess import Preprocess
+
+DEFAULT_MODEL = Path(__file__).parent / "models" / "default.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Download:
+    """Published weights: where they are, and the licence that they came under."""
+
+    url: str
+    licence: str = "Apache-2.0"
+
+
+_DINO = "https://dl.fbaipublicfiles.com/dino"
+DOWNLOADS: Mapping[str, Download] = MappingProxyType(
+    {
+        "dino_vits16": Download(
+            url=f"{_DINO}/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"
+        ),
+        "dino_vits8": Download(
+            url=f"{_DINO}/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth"
+        ),
+        "dino_vitb16": Download(
+            url=f"{_DINO}/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"
+        ),
+        "dino_vitb8": Download(url=f"{_DINO}/dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth"),
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedModel:
+    """A model and the name that it goes by in answers and logs."""
+
+    name: str
+    artifact: Artifact
+
+
+def load_model(model: str) -> NamedModel:
+    """Loads what `--model`, `MODEL` and `DINOSCOPE_MODEL` name.
+
+    Args:
+        model: "default" (the model in the repository), a name in `DOWNLOADS` (downloaded once
+            into torch's hub folder), a path to an artifact, or a path to an original DINO
+            checkpoint: a backbone alone, or a full one, of which the teacher is taken.
+
+    Raises:
+        ArtifactError: nothing by that name, or a file that cannot be used.
+    """
+    if model == "default":
+        return NamedModel(name="default", artifact=read_artifact(DEFAULT_MODEL))
+    if model in DOWNLOADS:
+        path = _download(model, DOWNLOADS[model])
+        artifact = read_checkpoint(path, provenance={"licence": DOWNLOADS[model].licence})
+        return NamedModel(name=model, artifact=artifact)
+    path = Path(model)
+    if not path.is_file():
+        known = ["default", *DOWNLOADS]
+        near = difflib.get_close_matches(model, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ArtifactError(
+            f"model {model!r} is neither a file nor one of {', '.join(known)}{hint}"
+        )
+    read = read_artifact if path.suffix == ".safetensors" else read_checkpoint
+    return NamedModel(name=path.stem, artifact=read(path))
+
+
+def read_checkpoint(
+    path: Path, *, key: str = "teacher", provenance: Mapping[str, Any] = MappingProxyType({})
+) -> Artifact:
+    """Reads an original DINO `.pth`, through `weights_only=True`: nothing in it is run.
+
+    The architecture is told from the tensors' shapes. A full checkpoint holds `student` and
+    `teacher`, of which `key` is taken; `module.` and `backbone.` prefixes and the projection head
+    are removed.
+
+    Raises:
+        ArtifactError: a damaged file, or one that holds no ViT of a known size.
+    """
+    try:
+        # A full checkpoint carries its command line, a Namespace of plain values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # torch.load documents no exception types; whatever it says, the file is not usable.
+        raise ArtifactError(f"{path} is not a checkpoint that can be read safely: {error}") from error
+    weights = _backbone_weights(content, path, key=key)
+    architecture = _architecture_of(weights, path)
+    with path.open("rb") as file:
+        fingerprint = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    artifact = Artifact(
+        architecture=architecture,
+        preprocess=Preprocess.in_proportion(
+            architecture.image_size, patch_size=architecture.patch_size
+        ),
+        weights=weights,
+        provenance={"source": path.name, **provenance},
+        fingerprint=fingerprint,
+    )
+    try:
+        artifact.network()
+    except RuntimeError as error:
+        raise ArtifactError(f"the weights in {path} do not fit: {error}") from error
+    return artifact
+
+
+def _backbone_weights(content: object, path: Path, *, key: str) -> dict[str, Tensor]:
+    if isinstance(content, dict) and key in content:
+        content = content[key]
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{path} holds a {type(content).__name__}, not a table of tensors")
+    stripped = {str(k).removeprefix("module."): v for k, v in content.items()}
+    prefix = "backbone."
+    if any(name.startswith(prefix) for name in stripped):
+        stripped = {k.removeprefix(prefix): v for k, v in stripped.items() if k.startswith(prefix)}
+    weights = {k: v for k, v in stripped.items() if not k.startswith("head.")}
+    wrong = sorted(k for k, v in weights.items() if not isinstance(v, Tensor))
+    if wrong:
+        raise ArtifactError(f"{path} holds entries that are not tensors: {wrong[:3]}")
+    return weights
+
+
+def _architecture_of(weights: Mapping[str, Tensor], path: Path) -> Architecture:
+    try:
+        _, in_channels, patch_size, _ = weights["patch_embed.proj.weight"].shape
+        _, tokens, embed_dim = weights["pos_embed"].shape
+    except (KeyError, ValueError) as error:
+        raise ArtifactError(
+            f"{path} holds no ViT of the original's form (no patch_embed.proj.weight or "
+            f"pos_embed); its first entries are {sorted(weights)[:3]}"
+        ) from error
+    depth = 1 + max(
+        (int(name.split(".")[1]) for name in weights if name.startswith("blocks.")), default=-1
+    )
+    for name, shape in VITS.items():
+        if (shape.embed_dim, shape.depth) == (embed_dim, depth):
+            return Architecture(
+                name=name,
+                patch_size=patch_size,
+                image_size=math.isqrt(tokens - 1) * patch_size,
+                in_channels=in_channels,
+            )
+    known = ", ".join(f"{n} ({s.embed_dim} x {s.depth})" for n, s in VITS.items())
+    raise ArtifactError(
+        f"{path} holds a ViT of width {embed_dim} and depth {depth}; known are {known}"
+    )
+
+
+def _download(name: str, download: Download) -> Path:
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    path = folder / Path(download.url).name
+    if path.is_file():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        torch.hub.download_url_to_file(download.url, str(partial), progress=True)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ArtifactError(
+            f"model {name!r} could not be downloaded from {download.url}: {error}; "
+            f"with the file at hand, put it at {path}, or give its path as the model"
+        ) from error
+    return path

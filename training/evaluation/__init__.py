@@ -1,0 +1,1 @@
+"""The paper's evaluations, one command each: `python -m training.evaluation NAME`."""

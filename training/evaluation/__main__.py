@@ -1,0 +1,27 @@
+"""python -m training.evaluation NAME --model M ... [--json]."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from backbone.artifact import ArtifactError
+from training.data import DataError
+from training.evaluation import knn
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status: 2 for a model or data that cannot be used."""
+    parser = argparse.ArgumentParser(prog="python -m training.evaluation", description=__doc__)
+    names = parser.add_subparsers(required=True, metavar="NAME")
+    knn.add_command(names)
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except (ArtifactError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""Snapshot -> artifact: the teacher's backbone, as one file that the service loads.
+
+    python -m training.export RUN_DIR OUT.safetensors [--half] [--quality quality.json]
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backbone.artifact import Artifact, ArtifactError, read_artifact, write_artifact
+from backbone.preprocess import Preprocess
+from training import snapshot
+from training.config import ConfigError, recipe_from_dict
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status: 2 for what cannot be exported."""
+    parser = argparse.ArgumentParser(prog="python -m training.export", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("run_dir", type=Path, help="a run of training.pretrain")
+    parser.add_argument("out", type=Path, help="the .safetensors file to write")
+    parser.add_argument("--student", action="store_true", help="the student in the teacher's place")
+    parser.add_argument("--half", action="store_true", help="store float16: half the size")
+    parser.add_argument("--resize", type=int, help="evaluation: short side in pixels")
+    parser.add_argument("--crop", type=int, help="evaluation: centre crop in pixels")
+    parser.add_argument("--copy-size", type=int, help="side of the copy descriptor's picture")
+    parser.add_argument("--licence", default="", help="the licence of the weights")
+    parser.add_argument("--quality", type=Path, help="JSON of what was measured, for the header")
+    options = parser.parse_args(arguments)
+    if options.out.suffix != ".safetensors":
+        parser.error(f"OUT is {str(options.out)!r}; it must end in .safetensors")
+    try:
+        quality = json.loads(options.quality.read_text()) if options.quality else {}
+        fingerprint = export(
+            options.run_dir,
+            options.out,
+            key="student" if options.student else "teacher",
+            half=options.half,
+            licence=options.licence,
+            quality=quality,
+            sizes={
+                name: value
+                for name in ("resize", "crop", "copy_size")
+                if (value := getattr(options, name)) is not None
+            },
+        )
+    except (ArtifactError, ConfigError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    size = options.out.stat().st_size / 1e6
+    print(f"{options.out}: {size:.1f} MB, fingerprint {fingerprint}")
+    return 0
+
+
+def export(
+    run_dir: Path,
+    out: Path,
+    *,
+    key: str = "teacher",
+    half: bool = False,
+    licence: str = "",
+    quality: Mapping[str, Any] | None = None,
+    sizes: Mapping[str, int] | None = None,
+) -> str:
+    """Writes the newest snapshot's backbone to `out`, reads it back, and returns its fingerprint.
+
+    Args:
+        key: "teacher" (the paper's choice) or "student".
+        half: stores float16.
+        sizes: fields of `Preprocess` that differ from the paper's proportions for the run's
+            global crops.
+
+    Raises:
+        SnapshotError: there is no usable snapshot in `run_dir`.
+        ArtifactError: what was written does not read back as it was.
+    """
+    found = snapshot.latest(run_dir)
+    if found is None:
+        raise snapshot.SnapshotError(f"{run_dir} holds no snapshot (snapshots/step_*.pt)")
+    state = snapshot.load(found[1])
+    recipe = recipe_from_dict(state["recipe"])
+    prefix = "backbone."
+    weights = {
+        name.removeprefix(prefix): tensor.to(torch.float16) if half else tensor
+        for name, tensor in state[key].items()
+        if name.startswith(prefix)
+    }
+    paper = Preprocess.in_proportion(
+        recipe.crops.global_size, patch_size=recipe.model.patch_size
+    )
+    artifact = Artifact(
+        architecture=recipe.architecture,
+        preprocess=dataclasses.replace(paper, **(sizes or {})),
+        weights=weights,
+        provenance={
+            "licence": licence,
+            "method": "DINO (arXiv 2104.14294)",
+            "network": key,
+            "recipe": state["recipe"],
+            "steps": state["step"],
+            "torch": str(torch.__version__),
+        },
+        quality=quality or {},
+    )
+    fingerprint = write_artifact(artifact, out)
+    written = read_artifact(out)
+    for name, tensor in weights.items():
+        if not torch.equal(written.weights[name], tensor):
+            raise ArtifactError(f"{name} in {out} is not what was written")
+    return fingerprint
+
+
+if __name__ == "__main__":
+    sys.exit(main())
