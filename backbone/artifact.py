@@ -166,8 +166,9 @@ def _parts(header: dict[str, Any], path: Path) -> tuple[Architecture, Preprocess
 def _check_weights(weights: Mapping[str, Tensor], architecture: Architecture, path: Path) -> None:
     with torch.device("meta"):
         expected = architecture.build().state_dict()
-    missing, unknown = sorted(expected.keys() - weights.keys()), sorted(
-        weights.keys() - expected.keys()
+    missing, unknown = (
+        sorted(expected.keys() - weights.keys()),
+        sorted(weights.keys() - expected.keys()),
     )
     if missing or unknown:
         raise ArtifactError(
@@ -177,8 +178,7 @@ def _check_weights(weights: Mapping[str, Tensor], architecture: Architecture, pa
     for name, tensor in weights.items():
         if tensor.shape != expected[name].shape:
             raise ArtifactError(
-                f"{name} in {path} has shape {list(tensor.shape)}, "
-                f"not {list(expected[name].shape)}"
+                f"{name} in {path} has shape {list(tensor.shape)}, not {list(expected[name].shape)}"
             )
         if tensor.dtype not in _DTYPES:
             raise ArtifactError(f"{name} in {path} is {tensor.dtype}, not a 16 or 32 bit float")

@@ -1,4 +1,4 @@
-"""One way to name a model, everywhere: an artifact, an original DINO checkpoint, or a known name."""
+"""One way to name a model, everywhere: an artifact, an original checkpoint, or a known name."""
 
 import argparse
 import difflib
@@ -38,9 +38,7 @@ DOWNLOADS: Mapping[str, Download] = MappingProxyType(
         "dino_vits8": Download(
             url=f"{_DINO}/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth"
         ),
-        "dino_vitb16": Download(
-            url=f"{_DINO}/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"
-        ),
+        "dino_vitb16": Download(url=f"{_DINO}/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"),
         "dino_vitb8": Download(url=f"{_DINO}/dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth"),
     }
 )
@@ -101,7 +99,9 @@ def read_checkpoint(
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # torch.load documents no exception types; whatever it says, the file is not usable.
-        raise ArtifactError(f"{path} is not a checkpoint that can be read safely: {error}") from error
+        raise ArtifactError(
+            f"{path} is not a checkpoint that can be read safely: {error}"
+        ) from error
     weights = _backbone_weights(content, path, key=key)
     architecture = _architecture_of(weights, path)
     with path.open("rb") as file:

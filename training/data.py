@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -170,7 +170,7 @@ def decode(content: bytes, name: str) -> Image.Image:
         raise DataError(f"picture {name!r} cannot be read: {error}") from error
 
 
-class Crop(NamedTuple):
+class CropBatch(NamedTuple):
     """The crops of a batch: 8-bit, global [2, B, 3, G, G] and local [N, B, 3, L, L]."""
 
     global_crops: Tensor
@@ -245,8 +245,8 @@ def steps_per_epoch(count: int, batch_size: int, world: World) -> int:
 
 def crop_loader(
     dataset: MultiCropDataset, sampler: RunSampler, *, workers: int, pin_memory: bool
-) -> DataLoader[Crop]:
-    """Batches of crops, in the sampler's order whatever the number of workers."""
+) -> DataLoader[Any]:
+    """Gives a `CropBatch` a step, in the sampler's order whatever the number of workers."""
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -257,8 +257,8 @@ def crop_loader(
     )
 
 
-def _collate(samples: list[tuple[Tensor, Tensor]]) -> Crop:
-    return Crop(*(torch.stack(part, dim=1) for part in zip(*samples, strict=True)))
+def _collate(samples: list[tuple[Tensor, Tensor]]) -> CropBatch:
+    return CropBatch(*(torch.stack(part, dim=1) for part in zip(*samples, strict=True)))
 
 
 def one_thread(_: int) -> None:
@@ -281,7 +281,7 @@ def _members(tar: tarfile.TarFile) -> list[tuple[str, int, int]]:
     ]
 
 
-def _open_compressed(path: Path) -> IO[bytes]:
+def _open_compressed(path: Path) -> io.BufferedIOBase:
     with path.open("rb") as file:
         magic = file.read(6)
     if magic.startswith(b"\x1f\x8b"):

@@ -115,11 +115,12 @@ def make_teacher(student: Network, teacher: Network) -> Network:
 
 
 @torch.no_grad()
-def update_teacher(teacher: Network, student: Network, momentum: float | Tensor) -> None:
+def update_teacher(teacher: Network, student: Network, momentum: float) -> None:
     """theta_t <- momentum * theta_t + (1 - momentum) * theta_s, parameters only, not buffers."""
-    ours, theirs = list(teacher.parameters()), list(student.parameters())
+    ours: list[Tensor] = list(teacher.parameters())
+    theirs: list[Tensor] = list(student.parameters())
     torch._foreach_mul_(ours, momentum)
-    torch._foreach_add_(ours, torch._foreach_mul(theirs, 1.0 - momentum))
+    torch._foreach_add_(ours, theirs, alpha=1.0 - momentum)
 
 
 @torch.no_grad()
@@ -134,7 +135,8 @@ def clip_each_gradient(parameters: Iterable[nn.Parameter], max_norm: float) -> T
     if max_norm > 0:
         factors = [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
         torch._foreach_mul_(gradients, factors)
-    return torch.linalg.vector_norm(torch.stack(norms))
+    total: Tensor = torch.stack(norms).norm()
+    return total
 
 
 def drop_last_layer_gradient(student: Network) -> None:

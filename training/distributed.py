@@ -26,7 +26,7 @@ class World:
 
 @contextmanager
 def world(device: str) -> Iterator[World]:
-    """Joins the processes that torchrun started, NCCL on CUDA and gloo elsewhere; leaves at the end.
+    """Joins the processes that torchrun started (NCCL on CUDA, else gloo), and leaves at the end.
 
     Args:
         device: "cpu", "cuda", or "auto" for CUDA where there is one.
@@ -45,9 +45,10 @@ def world(device: str) -> Iterator[World]:
     if "RANK" not in os.environ:
         yield World(0, 1, place)
         return
-    # device_ids are named, or NCCL guesses them and warns.
-    named = {"device_id": place} if device == "cuda" else {}
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", **named)
+    if device == "cuda":
+        dist.init_process_group("nccl", device_id=place)  # named, or NCCL guesses it and warns
+    else:
+        dist.init_process_group("gloo")
     try:
         yield World(dist.get_rank(), dist.get_world_size(), place)
     finally:

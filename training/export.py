@@ -1,6 +1,6 @@
 """Snapshot -> artifact: the teacher's backbone, as one file that the service loads.
 
-    python -m training.export RUN_DIR OUT.safetensors [--half] [--quality quality.json]
+python -m training.export RUN_DIR OUT.safetensors [--half] [--quality quality.json]
 """
 
 import argparse
@@ -91,12 +91,10 @@ def export(
         for name, tensor in state[key].items()
         if name.startswith(prefix)
     }
-    paper = Preprocess.in_proportion(
-        recipe.crops.global_size, patch_size=recipe.model.patch_size
-    )
+    paper = Preprocess.in_proportion(recipe.crops.global_size, patch_size=recipe.model.patch_size)
     artifact = Artifact(
         architecture=recipe.architecture,
-        preprocess=dataclasses.replace(paper, **(sizes or {})),
+        preprocess=Preprocess(**{**dataclasses.asdict(paper), **(sizes or {})}),
         weights=weights,
         provenance={
             "licence": licence,

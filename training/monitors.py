@@ -71,7 +71,9 @@ class Monitor:
         yield
         self._waited_s += time.perf_counter() - before
 
-    def step(self, step: int, epoch: int, figures: dict[str, Tensor], rates: dict[str, float]) -> None:
+    def step(
+        self, step: int, epoch: int, figures: dict[str, Tensor], rates: dict[str, float]
+    ) -> None:
         """Takes one step's scalars on the device, and the rates it ran with; writes when due."""
         values = torch.stack([value.detach().float().reshape(()) for value in figures.values()])
         self._sums.append(values)

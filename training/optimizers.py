@@ -13,7 +13,8 @@ def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
     As in the original, "not decayed" is a weight_decay of 0 that the loop never changes, and
     CLS, positions and the last layer's gain (all of more than one dimension) decay.
     """
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
             (kept if name.endswith(".bias") or parameter.ndim == 1 else decayed).append(parameter)

@@ -28,7 +28,7 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
         if device.type != "cpu":
             yield
             return
-        before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+        before = bool(torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed())  # type: ignore[no-untyped-call]
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
         try:
             with sdpa_kernel(SDPBackend.MATH):

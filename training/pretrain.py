@@ -9,10 +9,10 @@ Run the same command again to go on from the last snapshot in `run_dir`.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ def pretrain(recipe: Recipe, here: World) -> None:
     torch.manual_seed(recipe.seed)  # the same weights on every rank
     training = make_training(recipe, here)
     start = resume(run_dir, recipe, training, here)
-    torch.manual_seed(hash((recipe.seed, here.rank, start)))  # other drop paths on each
+    torch.manual_seed(recipe.seed * 1_000_003 + start * here.size + here.rank)  # drop paths
 
     sampler = data.RunSampler(
         len(pictures.names),
@@ -145,9 +145,7 @@ def rates_at(step: int, steps_per_epoch: int, recipe: Recipe, *, batch: int) -> 
             final=optimizer.weight_decay_end,
             total_steps=total,
         ),
-        teacher_momentum=cosine(
-            step, base=recipe.teacher.momentum, final=1.0, total_steps=total
-        ),
+        teacher_momentum=cosine(step, base=recipe.teacher.momentum, final=1.0, total_steps=total),
         teacher_temperature=linear_warmup(
             epoch,
             start=loss.warmup_teacher_temperature,
@@ -181,8 +179,8 @@ def make_training(recipe: Recipe, here: World) -> Training:
     parallel: nn.Module = student
     if here.size > 1:
         if recipe.head.batch_norm:
-            parallel = nn.SyncBatchNorm.convert_sync_batchnorm(student)
-            teacher = nn.SyncBatchNorm.convert_sync_batchnorm(teacher)
+            convert = cast(Callable[[nn.Module], Network], nn.SyncBatchNorm.convert_sync_batchnorm)
+            student, teacher = convert(student), convert(teacher)
         parallel = DistributedDataParallel(
             student, device_ids=[here.device] if here.device.type == "cuda" else None
         )
@@ -206,7 +204,8 @@ def make_network(recipe: Recipe, *, drop_path_rate: float) -> Network:
     """Backbone and head as the recipe says."""
     backbone = recipe.architecture.build(drop_path_rate=drop_path_rate)
     settings = asdict(recipe.head)
-    return Network(backbone, ProjectionHead(backbone.embed_dim, settings.pop("out_dim"), **settings))
+    head = ProjectionHead(backbone.embed_dim, settings.pop("out_dim"), **settings)
+    return Network(backbone, head)
 
 
 def train_step(

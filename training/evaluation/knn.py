@@ -45,7 +45,7 @@ def classify(
     if not 1 <= k <= len(bank):
         raise ValueError(f"k is {k}; the bank holds {len(bank)} pictures, so it must be 1 to that")
     ranked = []
-    for chunk in queries.split(_CHUNK):
+    for chunk in torch.split(queries, _CHUNK):
         similarity, neighbours = (chunk @ bank.T).topk(k, dim=1)
         votes = torch.zeros(len(chunk), classes, dtype=bank.dtype, device=bank.device)
         votes.scatter_add_(1, labels[neighbours], (similarity / temperature).exp())
@@ -81,8 +81,8 @@ def evaluate(
     classes, (bank_labels, truth) = class_indices(
         class_labels(train, where="--train"), class_labels(val, where="--val")
     )
-    absent = sorted({classes[i] for i in truth.tolist()} - {classes[i] for i in bank_labels.tolist()})
-    if absent:
+    present = set(bank_labels.tolist())
+    if absent := [classes[i] for i in sorted(set(truth.tolist()) - present)]:
         raise DataError(f"--val has {len(absent)} classes that --train lacks, e.g. {absent[:3]}")
     features = partial(extract, view=view, embed=embed, device=device, workers=workers)
     queries = F.normalize(features(val, title="val"), dim=1)
@@ -140,8 +140,17 @@ def _run(options: argparse.Namespace) -> None:
         workers=options.workers,
     )
     if options.json:
-        print(json.dumps({"model": model.name, "fingerprint": model.artifact.fingerprint,
-                          "train": len(train.names), "val": len(val.names), "knn": results}))
+        print(
+            json.dumps(
+                {
+                    "model": model.name,
+                    "fingerprint": model.artifact.fingerprint,
+                    "train": len(train.names),
+                    "val": len(val.names),
+                    "knn": results,
+                }
+            )
+        )
         return
     print(f"k-NN of {len(val.names)} pictures against {len(train.names)}, model {model.name}")
     for k, result in results.items():
