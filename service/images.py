@@ -1,0 +1,149 @@
+"""Untrusted bytes -> picture, within limits.
+
+The header is checked before anything is decoded; formats are an allow-list; EXIF orientation is
+applied; transparency is laid over white; 16 bits are scaled to 8; animations give their first frame.
+"""
+
+import base64
+import binascii
+import io
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from service.errors import ImageError
+
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The largest picture, encoded (bytes) and decoded (width x height)."""
+
+    max_bytes: int
+    max_pixels: int
+
+
+def decode(content: bytes, limits: Limits, *, param: str) -> Image.Image:
+    """Encoded bytes -> RGB picture, upright.
+
+    Args:
+        param: where the picture stood in the request, for the message.
+
+    Raises:
+        ImageError: 413 too large, 415 no picture of an allowed format, 400 broken.
+    """
+    if len(content) > limits.max_bytes:
+        raise too_many_bytes(limits, param=param)
+    if not content:
+        raise ImageError(f"{param} is empty", code="invalid_image", param=param)
+    try:
+        with warnings.catch_warnings():
+            # The pixel limit below is ours, and Pillow's notes on odd metadata are no user's error.
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+                _check_pixels(picture, limits, param)
+                return _upright_rgb(picture)
+    except UnidentifiedImageError as error:
+        raise ImageError(
+            f"{param} is not a picture of an allowed format ({', '.join(FORMATS)})",
+            code="unsupported_image",
+            param=param,
+            status=415,
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise _too_many_pixels(limits, param, "its header says more than that") from error
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, MemoryError) as error:
+        raise ImageError(
+            f"{param} cannot be read, it is damaged or cut short: {error}",
+            code="invalid_image",
+            param=param,
+        ) from error
+
+
+def from_text(text: str, limits: Limits, *, param: str) -> bytes:
+    """A data URI or plain base64 -> bytes.
+
+    Raises:
+        ImageError: text that is neither, or too long.
+    """
+    if text[:8].lower().startswith(("http://", "https://")):
+        raise ImageError(
+            f"{param} is a URL, and this service fetches none; send the picture itself",
+            code="url_fetching_off",
+            param=param,
+        )
+    if text[:5].lower() == "data:":
+        head, separator, body = text.partition(",")
+        if not separator or not head.lower().endswith(";base64"):
+            raise ImageError(
+                f"{param} is a data URI, but not one like data:image/jpeg;base64,...",
+                code="invalid_data_uri",
+                param=param,
+            )
+        text = body
+    if len(text) * 3 // 4 > limits.max_bytes + 3:
+        raise too_many_bytes(limits, param=param)
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ImageError(
+            f"{param} is neither a data URI nor base64: {error}",
+            code="invalid_base64",
+            param=param,
+        ) from error
+
+
+def too_many_bytes(limits: Limits, *, param: str) -> ImageError:
+    """The error for a picture of more bytes than allowed."""
+    return ImageError(
+        f"{param} is larger than {limits.max_bytes} bytes",
+        code="image_too_large",
+        param=param,
+        status=413,
+    )
+
+
+def thumbnail(picture: Image.Image, *, side: int = 192) -> bytes:
+    """A small JPEG of the picture, at most `side` pixels on its long side."""
+    small = picture.copy()
+    small.thumbnail((side, side), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=80)
+    return buffer.getvalue()
+
+
+def _check_pixels(picture: Image.Image, limits: Limits, param: str) -> None:
+    width, height = picture.size
+    if width * height > limits.max_pixels:
+        raise _too_many_pixels(limits, param, f"it has {width} x {height}")
+
+
+def _too_many_pixels(limits: Limits, param: str, found: str) -> ImageError:
+    return ImageError(
+        f"{param} has too many pixels: {found}, allowed are {limits.max_pixels}",
+        code="image_too_large",
+        param=param,
+        status=413,
+    )
+
+
+def _upright_rgb(picture: Image.Image) -> Image.Image:
+    picture.load()
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
+        return _eight_bits(picture)
+    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Scales 16-bit (and 32-bit or float) grey by its own range, where converting would clip it."""
+    values = np.nan_to_num(np.asarray(picture, dtype=np.float64))
+    top = 65535.0 if picture.mode != "F" and values.max() > 255 else max(255.0, values.max())
+    return Image.fromarray((values / top * 255.0).clip(0, 255).astype(np.uint8)).convert("RGB")

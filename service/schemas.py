@@ -1,0 +1,318 @@
+"""What goes over the wire."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from service.heatmaps import COLORMAPS
+
+Picture = Annotated[
+    str,
+    Field(description="a picture as a data URI (data:image/jpeg;base64,...) or as base64"),
+]
+Metadata = Annotated[
+    dict[str, Any], Field(default_factory=dict, description="any JSON object, given back as it is")
+]
+
+
+class Options(BaseModel):
+    """A request's options: in the query string, or beside the picture in JSON."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Answer(BaseModel):
+    """Something that the service says."""
+
+
+class ErrorDetail(Answer):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorAnswer(Answer):
+    """The one shape of every error."""
+
+    error: ErrorDetail
+
+
+class EmbeddingOptions(Options):
+    """How embeddings are given."""
+
+    model: str | None = Field(default=None, description="the model's name, as in /v1/models")
+    encoding_format: Literal["float", "base64"] | None = Field(
+        default=None, description="float: a list of numbers; base64: little-endian float32"
+    )
+    normalize: bool = Field(default=True, description="scale each embedding to unit length")
+    feature: Literal["cls", "copy"] = Field(
+        default="cls", description="cls: the CLS token; copy: the paper's copy descriptor, raw"
+    )
+    user: str | None = Field(default=None, description="taken for compatibility, not used")
+
+
+class EmbeddingRequest(EmbeddingOptions):
+    """OpenAI's embedding request, with pictures for texts."""
+
+    input: Picture | list[Picture] = Field(description="one picture or a list of them")
+    dimensions: int | None = Field(default=None, description="must be the model's own, if given")
+
+
+class Embedding(Answer):
+    """One picture's embedding."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class Usage(Answer):
+    """OpenAI's token counts; pictures have none."""
+
+    prompt_tokens: int = 0
+    total_tokens: int = 0
+
+
+class EmbeddingAnswer(Answer):
+    """OpenAI's embedding answer."""
+
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: Usage = Usage()
+
+
+class AttentionOptions(Options):
+    """How attention is drawn."""
+
+    head: str = Field(
+        default="mean",
+        pattern=r"^(mean|all|\d{1,3})$",
+        description="mean over heads, one head by number from 0, or all as a grid",
+    )
+    threshold: float | None = Field(
+        default=None, gt=0.0, le=1.0, description="colour only the patches with this share of mass"
+    )
+    colormap: Literal[COLORMAPS] = Field(  # type: ignore[valid-type]
+        default="viridis", description="colours from weak to strong"
+    )
+    overlay: float = Field(
+        default=0.6, ge=0.0, le=1.0, description="strength over the picture; 1 is the map alone"
+    )
+    size: int | None = Field(
+        default=None, ge=16, le=4096, description="long side of each map in pixels; default: own"
+    )
+
+
+class AttentionRequest(AttentionOptions):
+    """One picture and how to draw its attention."""
+
+    image: Picture
+
+
+class AttentionAnswer(Answer):
+    """Raw attention of CLS to each patch: `maps[head][row][column]`."""
+
+    model: str
+    grid: tuple[int, int] = Field(description="rows and columns of patches")
+    heads: list[int | str]
+    maps: list[list[list[float]]]
+
+
+class ModelCard(Answer):
+    """One model, in OpenAI's shape with what a picture model adds."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "dinoscope"
+    architecture: str
+    fingerprint: str
+    embedding_size: int
+    input_size: int
+    patch_size: int
+    heads: int
+    licence: str
+
+
+class ModelList(Answer):
+    """The models that are served."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class CollectionAnswer(Answer):
+    """One collection."""
+
+    name: str
+    count: int
+    model: str = Field(description="fingerprint of the model whose vectors it holds")
+    created_at: float = Field(description="unix time in seconds")
+
+
+class CollectionList(Answer):
+    """Every collection."""
+
+    collections: list[CollectionAnswer]
+
+
+class Deleted(Answer):
+    """What was deleted."""
+
+    deleted: str
+
+
+class NewImage(Options):
+    """One picture for a collection."""
+
+    image: Picture
+    id: str | None = Field(default=None, description="default: made from the content's hash")
+    metadata: Metadata
+
+
+class NewImages(Options):
+    """Pictures for a collection."""
+
+    images: list[NewImage] = Field(min_length=1)
+
+
+class ImageOptions(Options):
+    """For a raw picture: its id and metadata."""
+
+    id: str | None = Field(default=None, description="default: made from the content's hash")
+    metadata: str | None = Field(default=None, description="a JSON object")
+
+
+class Stored(Answer):
+    """What happened to one picture of an upload; `error` where it failed."""
+
+    id: str | None
+    outcome: Literal["created", "updated", "unchanged", "failed"]
+    error: ErrorDetail | None = None
+
+
+class StoredImages(Answer):
+    """What happened to each picture, in the order of the request; durable when this is sent."""
+
+    images: list[Stored]
+
+
+class ImageRecord(Answer):
+    """One picture of a collection."""
+
+    id: str
+    metadata: dict[str, Any]
+    content_hash: str | None
+    created_at: float
+    updated_at: float
+
+
+class PageOptions(Options):
+    """Which part of a listing."""
+
+    cursor: str | None = Field(default=None, description="next_cursor of the page before")
+    limit: int = Field(default=100, ge=1, le=1000)
+
+
+class ImagePage(Answer):
+    """A part of a listing, in a stable order."""
+
+    images: list[ImageRecord]
+    next_cursor: str | None
+
+
+class SearchOptions(Options):
+    """How many matches, and how good."""
+
+    k: int = Field(default=10, ge=1, le=1000, description="most matches")
+    min_score: float | None = Field(default=None, ge=-1.0, le=1.0, description="least cosine")
+
+
+class SearchRequest(SearchOptions):
+    """A search by one of: a picture, the id of one in the collection, a vector."""
+
+    image: Picture | None = None
+    id: str | None = None
+    vector: list[float] | None = None
+
+
+class SearchMatch(Answer):
+    """One match; `score` is the cosine."""
+
+    id: str
+    score: float
+    metadata: dict[str, Any]
+
+
+class SearchAnswer(Answer):
+    """Matches, best first."""
+
+    matches: list[SearchMatch]
+
+
+class ClassifyOptions(Options):
+    """The k-NN vote."""
+
+    label: str = Field(min_length=1, description="the metadata key whose value is voted on")
+    k: int = Field(default=20, ge=1, le=1000, description="neighbours that vote")
+    temperature: float = Field(default=0.07, gt=0.0, description="weight is exp(score / this)")
+
+
+class ClassifyRequest(ClassifyOptions):
+    """One picture to classify."""
+
+    image: Picture
+
+
+class LabelProbability(Answer):
+    """A label's share of the votes."""
+
+    label: Any
+    probability: float
+
+
+class ClassifyAnswer(Answer):
+    """Labels by falling share of the votes, and who voted."""
+
+    labels: list[LabelProbability]
+    neighbours: list[SearchMatch]
+
+
+class CopyOptions(Options):
+    """How many candidates."""
+
+    k: int = Field(default=10, ge=1, le=1000, description="most candidates")
+
+
+class CopyRequest(CopyOptions):
+    """One picture whose copies are looked for."""
+
+    image: Picture
+
+
+class CopyMatch(Answer):
+    """A candidate; no verdict while the collection is not calibrated."""
+
+    id: str
+    score: float = Field(description="cosine of the copy descriptors")
+    normalized_score: float | None = None
+    is_copy: bool | None = None
+
+
+class CopyAnswer(Answer):
+    """Candidates, best first."""
+
+    calibrated: bool = False
+    threshold: float | None = None
+    matches: list[CopyMatch]
+
+
+class Health(Answer):
+    """Alive or ready, and why not."""
+
+    status: Literal["ok", "unavailable"]
+    reasons: list[str] = []

@@ -1,0 +1,182 @@
+"""How pictures come in a request: multipart, a raw body, or JSON; and the limit on its size."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import RequestError, error_response
+from service.images import Limits, from_text, too_many_bytes
+from service.vision import EncodedPicture
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upload:
+    """Pictures of a multipart or raw request, with the form fields that go with each."""
+
+    pictures: list[EncodedPicture]
+    ids: list[str] = field(default_factory=list)
+    metadata: list[str] = field(default_factory=list)
+
+
+class BodyLimit:
+    """ASGI middleware that counts a body's bytes as they stream in, whatever Content-Length says."""
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers 413 before reading where the length is told, and as soon as it shows elsewhere."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        too_large = RequestError(
+            f"the request's body is larger than {self._max_bytes} bytes",
+            code="request_too_large",
+            status=413,
+        )
+        told = dict(scope["headers"]).get(b"content-length", b"")
+        if told.isdigit() and int(told) > self._max_bytes:
+            response = error_response(413, too_large.message, code=too_large.code)
+            await response(scope, receive, send)
+            return
+        seen = 0
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self._max_bytes:
+                raise too_large
+            return message
+
+        await self._app(scope, counted, send)
+
+
+def is_json(request: Request) -> bool:
+    """Whether the body says that it is JSON (also where it says nothing, and is no picture)."""
+    kind = _content_type(request)
+    return kind == "application/json" or kind.endswith("+json")
+
+
+async def read_json(request: Request, model: type[Body]) -> Body:
+    """The body as `model`.
+
+    Raises:
+        RequestError: a body that is not JSON.
+        RequestValidationError: JSON that is not a `model`.
+    """
+    try:
+        value = json.loads(await request.body())
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the body is not JSON: {error}", code="invalid_json") from error
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from error
+
+
+async def read_upload(request: Request, limits: Limits, *, max_pictures: int) -> Upload:
+    """The pictures of a multipart form (field `image`, repeatable) or of a raw `image/*` body.
+
+    Raises:
+        RequestError: another content type, an unknown field, no picture, or too many.
+    """
+    kind = _content_type(request)
+    if kind.startswith("image/") or kind == "application/octet-stream":
+        content = await request.body()
+        return Upload(pictures=[EncodedPicture(content=content, param="body")])
+    if kind != "multipart/form-data":
+        raise RequestError(
+            f"content type {kind or '(none)'!r} is not one of multipart/form-data (field 'image'), "
+            "image/* (the picture itself) or application/json",
+            code="unsupported_media_type",
+            status=415,
+        )
+    pictures: list[EncodedPicture] = []
+    fields: dict[str, list[str]] = {"id": [], "metadata": []}
+    # One more than allowed, so that it is we who say what the limit is.
+    async with request.form(max_files=max_pictures + 1, max_fields=2 * max_pictures + 2) as form:
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile) and name == "image":
+                param = f"image[{len(pictures)}]"
+                if value.size is not None and value.size > limits.max_bytes:
+                    raise too_many_bytes(limits, param=param)
+                pictures.append(EncodedPicture(content=await value.read(), param=param))
+            elif isinstance(value, str) and name in fields:
+                fields[name].append(value)
+            else:
+                raise RequestError(
+                    f"form field {name!r} is not one of image (a file), id, metadata (text); "
+                    "options stand in the query string",
+                    code="unknown_field",
+                    param=name,
+                )
+    _check_count(len(pictures), max_pictures, param="image")
+    return Upload(pictures=pictures, ids=fields["id"], metadata=fields["metadata"])
+
+
+async def read_one(request: Request, limits: Limits) -> EncodedPicture:
+    """The one picture of a multipart or raw request."""
+    upload = await read_upload(request, limits, max_pictures=1)
+    return upload.pictures[0]
+
+
+def pictures_of(values: list[str], limits: Limits, *, max_pictures: int, param: str) -> list[
+    EncodedPicture
+]:
+    """Data URIs or base64 strings -> pictures, each named `param[i]` in errors."""
+    _check_count(len(values), max_pictures, param=param)
+    return [picture_of(value, limits, param=f"{param}[{i}]") for i, value in enumerate(values)]
+
+
+def picture_of(value: str, limits: Limits, *, param: str) -> EncodedPicture:
+    """One data URI or base64 string -> picture."""
+    return EncodedPicture(content=from_text(value, limits, param=param), param=param)
+
+
+def parse_metadata(text: str, *, param: str) -> dict[str, Any]:
+    """A form field's JSON object.
+
+    Raises:
+        RequestError: text that is no JSON object.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(
+            f"{param} is not JSON: {error}", code="invalid_metadata", param=param
+        ) from error
+    if not isinstance(value, dict):
+        raise RequestError(
+            f"{param} is not a JSON object, it is {text[:80]}", code="invalid_metadata", param=param
+        )
+    return value
+
+
+def _content_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def _check_count(count: int, most: int, *, param: str) -> None:
+    if not count:
+        raise RequestError(
+            f"there is no picture in {param!r}; at least one is needed",
+            code="missing_image",
+            param=param,
+        )
+    if count > most:
+        raise RequestError(
+            f"{param!r} holds {count} pictures or more; allowed are {most} in one request",
+            code="too_many_images",
+            param=param,
+            status=413 if most > 1 else 400,
+        )

@@ -1,0 +1,135 @@
+"""Pictures in, vectors and maps out: decoding in threads, the model behind its batcher."""
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from PIL import Image
+
+from service import heatmaps, images
+from service.batcher import Batcher
+from service.encoder import TASKS, Array, Encoder, ModelInfo, Task, batch_kind, runner
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedPicture:
+    """A picture as it came: `content` undecoded, `param` its place in the request."""
+
+    content: bytes
+    param: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A picture that was decoded: its inputs to the model, and what is kept of it."""
+
+    inputs: dict[Task, Array]
+    content_hash: str
+    thumbnail: bytes | None
+
+
+class Vision:
+    """Joins the decoding threads and the model's thread behind asynchronous calls.
+
+    Args:
+        decode_threads: pictures decoded side by side (Pillow lets go of the interpreter's lock).
+        max_batch, max_waiting: of the model's queue; see `Batcher`.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        limits: images.Limits,
+        *,
+        decode_threads: int,
+        max_batch: int,
+        max_waiting: int,
+    ) -> None:
+        self._encoder = encoder
+        self.limits = limits
+        self._pool = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
+        self._batcher = Batcher[Array, Array](
+            runner(encoder), max_batch=max_batch, max_waiting=max_waiting
+        )
+
+    @property
+    def info(self) -> ModelInfo:
+        """What is known of the model."""
+        return self._encoder.info
+
+    @property
+    def alive(self) -> bool:
+        """Whether the model's thread takes work."""
+        return self._batcher.alive
+
+    async def encode(self, task: Task, pictures: Sequence[EncodedPicture]) -> list[Array]:
+        """The result of `task` for each picture, in order.
+
+        Raises:
+            ImageError: the first picture that cannot be taken.
+            QueueFull, BatchFailed, BatcherClosed: see `Batcher.submit`.
+        """
+        prepared = await asyncio.gather(*(self.prepare(p, (task,)) for p in pictures))
+        return await self.run(task, [p.inputs[task] for p in prepared])
+
+    async def attention(self, picture: EncodedPicture) -> tuple[Array, Image.Image]:
+        """The maps [heads, h, w] of CLS's attention in the last block, and the picture itself."""
+
+        def work() -> tuple[Array, Image.Image]:
+            decoded = images.decode(picture.content, self.limits, param=picture.param)
+            return self._encoder.prepare("attention", decoded), decoded
+
+        loop = asyncio.get_running_loop()
+        prepared, decoded = await loop.run_in_executor(self._pool, work)
+        return (await self.run("attention", [prepared]))[0], decoded
+
+    async def prepare(
+        self, picture: EncodedPicture, tasks: Sequence[Task], *, keep_thumbnail: bool = False
+    ) -> Prepared:
+        """Decodes a picture once, in a decoding thread, for several tasks.
+
+        Raises:
+            ImageError: a picture that cannot be taken.
+        """
+
+        def work() -> Prepared:
+            decoded = images.decode(picture.content, self.limits, param=picture.param)
+            return Prepared(
+                inputs={task: self._encoder.prepare(task, decoded) for task in tasks},
+                content_hash=hashlib.sha256(picture.content).hexdigest(),
+                thumbnail=images.thumbnail(decoded) if keep_thumbnail else None,
+            )
+
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    async def run(self, task: Task, inputs: Sequence[Array]) -> list[Array]:
+        """Runs prepared inputs; those of one shape share forward passes with other requests'."""
+        kinds: dict[object, list[int]] = {}
+        for i, prepared in enumerate(inputs):
+            kinds.setdefault(batch_kind(task, prepared), []).append(i)
+        results: list[Array] = [inputs[0]] * len(inputs) if inputs else []
+        parts = await asyncio.gather(
+            *(self._batcher.submit(kind, [inputs[i] for i in at]) for kind, at in kinds.items())
+        )
+        for at, part in zip(kinds.values(), parts, strict=True):
+            for i, result in zip(at, part, strict=True):
+                results[i] = result
+        return results
+
+    def render(self, maps: Array, picture: Image.Image, style: heatmaps.Style) -> asyncio.Future[bytes]:
+        """Draws maps in a decoding thread."""
+        loop = asyncio.get_running_loop()
+        return loop.run_in_executor(self._pool, heatmaps.draw, maps, picture, style)
+
+    def warm_up(self) -> None:
+        """Runs each task once, so that the first request finds everything loaded."""
+        grey = Image.new("RGB", (64, 48), (128, 128, 128))
+        for task in TASKS:
+            self._encoder.run(task, [self._encoder.prepare(task, grey)])
+
+    def close(self) -> None:
+        """Finishes what waits, then ends the threads."""
+        self._batcher.close()
+        self._pool.shutdown()
