@@ -35,10 +35,11 @@ from index.records import (
     Page,
     Record,
     UpsertOutcome,
+    check_ids,
     check_name,
+    check_positive,
     check_queries,
     check_record,
-    check_spaces,
     check_vector,
     is_name,
 )
@@ -96,7 +97,7 @@ class Collection:
 
     def delete(self, ids: Iterable[str]) -> int:
         """Delete records, all or none; how many existed."""
-        ids = _not_one_string(ids)
+        ids = check_ids(ids)
         with self._mirror.lock:
             keys = self._store.delete(ids)
             self._mirror.deleted(keys)
@@ -122,7 +123,7 @@ class Collection:
         Raises:
             InvalidCursor: not a cursor that came from here.
         """
-        _check_positive(limit=limit)
+        check_positive(limit=limit)
         after = 0 if cursor is None else _key_from_cursor(cursor)
         found = self._store.records_after(after, limit + 1)
         shown = found[:limit]
@@ -146,14 +147,14 @@ class Collection:
         Raises:
             InvalidVector: the vector does not fit the space, or the space does not exist.
         """
-        _check_positive(k=k)
+        check_positive(k=k)
         query = check_vector(vector, self._dimension(space), described="the query")
-        (matches,) = self._mirror.search(space, query[np.newaxis], k, _not_one_string(exclude))
+        (matches,) = self._mirror.search(space, query[np.newaxis], k, check_ids(exclude))
         return [match for match in matches if min_score is None or match.score >= min_score]
 
     def search_batch(self, vectors: ArrayLike, k: int, space: str = "cls") -> list[list[Match]]:
         """`search` for each row of `vectors` [n, dimension], together and so faster."""
-        _check_positive(k=k)
+        check_positive(k=k)
         queries = check_queries(vectors, self._dimension(space), described="the queries")
         return self._mirror.search(space, queries, k)
 
@@ -224,10 +225,10 @@ class CollectionSet:
             model: the fingerprint of the model that the vectors will come from.
 
         Raises:
-            CollectionExists, InvalidName, InvalidVector (where `spaces` is not as above).
+            CollectionExists, StoreFailed.
+            InvalidName, InvalidVector: the name, or the spaces, cannot be.
         """
         check_name(name)
-        check_spaces(spaces)
         with self._lock:
             if self._folder.has(name):
                 raise CollectionExists(f"there is a collection {name!r} already")
@@ -285,18 +286,6 @@ class CollectionSet:
         except StoreDamaged as error:
             _logger.error("%s", error)
             self.damaged[name] = error
-
-
-def _not_one_string(ids: Iterable[str]) -> list[str]:
-    if isinstance(ids, str):  # its characters would pass for ids
-        raise TypeError(f"expected a list of ids, got the string {ids!r}")
-    return list(ids)
-
-
-def _check_positive(**number: int) -> None:
-    for name, value in number.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
 
 
 def _key_from_cursor(cursor: str) -> int:

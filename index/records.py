@@ -3,7 +3,7 @@
 import json
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -142,6 +142,26 @@ def check_name(name: str) -> None:
 def is_name(value: object) -> bool:
     """Whether a collection or a space may have this name, and so whether a folder may hold one."""
     return isinstance(value, str) and _NAME.fullmatch(value) is not None
+
+
+def check_ids(ids: Iterable[str]) -> list[str]:
+    """The ids as a list; raises `TypeError` for one string, whose characters would pass for ids."""
+    if isinstance(ids, str):
+        raise TypeError(f"expected a list of ids, got the string {_shorten(ids)}")
+    return list(ids)
+
+
+def check_positive(**number: int) -> None:
+    """Raise `ValueError` unless each number, given by its name, is at least 1."""
+    for name, value in number.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+
+
+def check_model(model: str) -> None:
+    """Raise `ValueError` unless `model` can be kept as a model's fingerprint."""
+    if not is_possible_id(model):
+        raise ValueError(f"model must be a fingerprint, a short string; got {_shorten(model)}")
 
 
 def check_spaces(spaces: Mapping[str, int]) -> None:

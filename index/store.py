@@ -12,7 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.database import Database
-from index.records import CheckedRecord, Outcome, Record, is_possible_id
+from index.records import (
+    CheckedRecord,
+    Outcome,
+    Record,
+    check_model,
+    check_spaces,
+    is_possible_id,
+)
 
 FILE_NAME = "collection.sqlite"
 SCHEMA_VERSION = 1
@@ -25,8 +32,9 @@ _SCHEMA = (
     "CREATE TABLE collection (model TEXT NOT NULL, created_at REAL NOT NULL)",
     "CREATE TABLE spaces ("
     "number INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, dimension INTEGER NOT NULL)",
-    "CREATE TABLE records (key INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, "
-    "metadata TEXT NOT NULL, content_hash TEXT, created_at REAL NOT NULL, updated_at REAL NOT NULL)",
+    "CREATE TABLE records ("
+    "key INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, metadata TEXT NOT NULL, "
+    "content_hash TEXT, created_at REAL NOT NULL, updated_at REAL NOT NULL)",
     f"PRAGMA user_version = {SCHEMA_VERSION}",
 )
 _RECORD_COLUMNS = "key, id, metadata, content_hash, created_at, updated_at"
@@ -58,7 +66,13 @@ class Store:
 
     @staticmethod
     def create(folder: Path, *, spaces: Mapping[str, int], model: str) -> None:
-        """Make an empty database in `folder`, which must exist."""
+        """Make an empty database in `folder`, which must exist.
+
+        Raises:
+            InvalidName, InvalidVector, ValueError: `spaces` or `model` cannot be.
+        """
+        check_spaces(spaces)
+        check_model(model)
         database = Database(folder / FILE_NAME, described="the new collection", is_new=True)
         try:
             with database.writing() as connection:
@@ -207,8 +221,9 @@ class Store:
         self, connection: sqlite3.Connection, key: int, record: CheckedRecord
     ) -> None:
         for space, vector in record.vectors.items():
+            table = _vectors(self._numbers[space])
             connection.execute(
-                f"INSERT OR REPLACE INTO {_vectors(self._numbers[space])} (key, vector) VALUES (?, ?)",
+                f"INSERT OR REPLACE INTO {table} (key, vector) VALUES (?, ?)",
                 (key, vector.astype("<f4").tobytes()),
             )
 
