@@ -3,7 +3,7 @@ import threading
 import numpy as np
 import pytest
 
-from index.ann import FlatIndex
+from index.ann import FlatIndex, _ReadWriteLock
 from tests.index.helpers import cosines
 
 
@@ -92,6 +92,38 @@ def test_lengths_that_overflow_float32_when_squared_are_normalised() -> None:
     (hits,) = index.search(np.array([[0, 1e38]], dtype=np.float32), 2)
     assert hits.keys.tolist() == [1, 0]
     np.testing.assert_allclose(hits.scores, [1, 0], atol=1e-6)
+
+
+def test_readers_share_the_lock_and_a_writer_is_alone() -> None:
+    lock, log = _ReadWriteLock(), list[str]()
+
+    def write() -> None:
+        with lock.writing():
+            log.append("write")
+
+    def read() -> None:
+        with lock.reading():
+            log.append("read")
+
+    with lock.reading():
+        with lock.reading():
+            writer = threading.Thread(target=write)
+            writer.start()
+            writer.join(0.1)
+        late_reader = threading.Thread(target=read)
+        late_reader.start()
+        late_reader.join(0.1)
+        assert log == []  # the reader lets the waiting writer go first
+    writer.join(10)
+    late_reader.join(10)
+    assert log == ["write", "read"]
+    with lock.writing():
+        reader = threading.Thread(target=read)
+        reader.start()
+        reader.join(0.1)
+        assert log == ["write", "read"]
+    reader.join(10)
+    assert log == ["write", "read", "read"]
 
 
 def test_searches_run_beside_changes() -> None:

@@ -303,12 +303,19 @@ def test_everything_is_there_after_a_restart(root: Path) -> None:
             SPACES,
             created_at,
         )
-        # A key is not given out again, so a cursor from before the restart still holds.
-        collection.delete(["r19"])
-        cursor = collection.scroll(limit=18).next_cursor
-        assert cursor is None
-        collection.upsert([record("late", 99)])
-        assert [each.id for each in collection.scroll(limit=99).records][-1] == "late"
+
+
+def test_a_cursor_outlives_a_restart_and_the_last_records(root: Path) -> None:
+    with CollectionSet(root) as collections:
+        collection = create(collections)
+        fill(collection, 4)
+        cursor = collection.scroll(limit=3).next_cursor
+        collection.delete(["r1", "r2", "r3"])
+    with CollectionSet(root) as collections:
+        collection = collections.get("pictures")
+        collection.upsert([record("late", 99)])  # under a new key, not that of r1
+        page = collection.scroll(cursor=cursor, limit=3)
+        assert [each.id for each in page.records] == ["late"]
 
 
 def failing_once(monkeypatch: pytest.MonkeyPatch, method: str, times: int = 1) -> None:
@@ -342,10 +349,12 @@ def test_a_failed_rebuild_is_made_up_for_later(
 ) -> None:
     fill(collection, 5)
     failing_once(monkeypatch, "upsert", times=2)
-    with pytest.raises(MemoryError):
+    with pytest.raises(MemoryError) as raised:
         collection.upsert([record("new", 40)])
     assert collection.search(vectors(40)["cls"], k=1)[0].id == "new"  # it had been committed
     assert collection.count() == 6
+    collection.close()  # does not wait for what the traceback still refers to
+    assert raised.tb is not None
 
 
 def test_a_search_during_a_deletion_still_gives_k(
@@ -402,6 +411,18 @@ def test_threads_may_share_a_collection(collection: Collection) -> None:
         thread.join()
     assert faults == []
     assert collection.count() == 20
+
+
+def test_closing_waits_for_readers(collection: Collection) -> None:
+    fill(collection, 2)
+    closing = threading.Thread(target=collection.close)
+    with collection._store._database.reading() as connection:
+        closing.start()
+        closing.join(0.1)
+        assert closing.is_alive()
+        assert connection.execute("SELECT count(*) FROM records").fetchone() == (2,)
+    closing.join(10)
+    assert not closing.is_alive()
 
 
 def test_a_closed_collection_says_so(collection: Collection) -> None:
