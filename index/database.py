@@ -1,0 +1,159 @@
+"""Connections to one SQLite file: one for writing, as many as needed for reading."""
+
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from index.errors import CollectionNotFound, StoreDamaged, StoreFailed
+
+# Refusals of the operating system or of another program that holds the file: the file itself is
+# whole. Every other error of SQLite means that the file is not what this program wrote.
+_REFUSALS = {
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_READONLY,
+}
+
+
+class Database:
+    """One SQLite file, shared by threads.
+
+    Writing goes through one connection, one transaction at a time. Readers borrow a connection from
+    a pool that grows to the number of threads that read at once: in WAL mode a reader sees the last
+    commit and waits neither for the writer nor for its fsync.
+
+    `is_new` makes the file, which must not exist; without it, it must.
+
+    Raises (any method): `StoreDamaged`, `StoreFailed`; `CollectionNotFound` once closed.
+    """
+
+    def __init__(self, path: Path, *, described: str, is_new: bool = False) -> None:
+        self._path = path
+        self._described = described
+        self._write_lock = threading.Lock()
+        self._pool_changed = threading.Condition()
+        self._idle: list[sqlite3.Connection] = []
+        self._borrowed = 0
+        self._closed = False
+        if is_new:
+            path.touch(exist_ok=False)
+        elif not path.is_file():
+            raise self.damage(f"{path.name} is missing")
+        with self._translated():
+            self._writer = _connect(path)
+            if is_new:
+                self._writer.execute("PRAGMA journal_mode = WAL")  # the file remembers it
+
+    @contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction: on disk when the block has ended, undone when it raises."""
+        with self._write_lock, self._translated():
+            if self._closed:
+                raise self._gone()
+            self._writer.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._writer
+                self._writer.execute("COMMIT")
+            except BaseException:
+                # SQLite has already rolled back by itself after some errors, such as a full disk.
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """A read transaction: everything inside the block sees the same commit."""
+        with self._translated():
+            connection = self._borrow()
+            try:
+                connection.execute("BEGIN")
+                try:
+                    yield connection
+                finally:
+                    if connection.in_transaction:
+                        connection.execute("ROLLBACK")
+            except BaseException:
+                self._give_back(connection, usable=False)
+                raise
+            self._give_back(connection, usable=True)
+
+    def close(self) -> None:
+        """Wait for what is running, then close every connection. Closing twice is allowed."""
+        with self._pool_changed:
+            self._closed = True
+            # SQLite's last connection removes the -wal file by its path. One that outlived this
+            # call might remove that of a new collection under the same name.
+            self._pool_changed.wait_for(lambda: self._borrowed == 0)
+            while self._idle:
+                self._idle.pop().close()
+        with self._write_lock:
+            self._writer.close()
+
+    def damage(self, reason: str) -> StoreDamaged:
+        """The error to raise when the file is not as it was written; says what can be done."""
+        return StoreDamaged(
+            f"{self._described} cannot be read: {reason}. Other collections are not affected. "
+            f"Put back a copy of its folder from a backup, or delete the collection and fill it "
+            f"again."
+        )
+
+    def _borrow(self) -> sqlite3.Connection:
+        with self._pool_changed:
+            if self._closed:
+                raise self._gone()
+            connection = self._idle.pop() if self._idle else _connect(self._path, read_only=True)
+            self._borrowed += 1
+            return connection
+
+    def _give_back(self, connection: sqlite3.Connection, *, usable: bool) -> None:
+        with self._pool_changed:
+            self._borrowed -= 1
+            if usable:
+                self._idle.append(connection)
+            else:
+                connection.close()
+            self._pool_changed.notify_all()
+
+    def _gone(self) -> CollectionNotFound:
+        return CollectionNotFound(f"{self._described} has been closed or deleted")
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.ProgrammingError, sqlite3.InterfaceError):
+            raise  # a mistake in this package, not in the file
+        except sqlite3.Error as error:
+            # The low byte is the primary code. Text that is not UTF-8 comes without any code.
+            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
+            is_truncated = code == sqlite3.SQLITE_IOERR_SHORT_READ
+            if code & 0xFF in _REFUSALS and not is_truncated:
+                raise StoreFailed(f"{self._described}: {error}") from error
+            raise self.damage(str(error)) from error
+
+
+def _connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
+    # mode=rw: a file that has gone must be an error, not quietly a new and empty one.
+    connection = sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode=rw",
+        uri=True,
+        isolation_level=None,  # transactions begin and end where this file says so
+        check_same_thread=False,  # the locks above see to it that one thread at a time uses it
+    )
+    try:
+        # FULL: each commit is fsynced. WAL's usual NORMAL may lose the last ones on power loss.
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+        if read_only:
+            connection.execute("PRAGMA query_only = ON")
+    except BaseException:
+        connection.close()
+        raise
+    return connection

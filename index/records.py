@@ -1,0 +1,249 @@
+"""What goes into a collection and what comes out, and the checks at the door."""
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from index.errors import InvalidName, InvalidRecord, InvalidVector
+
+MAX_ID_CHARACTERS = 512
+MAX_DIMENSION = 65_536
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+
+Outcome = Literal["created", "updated", "unchanged"]
+
+
+# Equality of arrays is not a truth value, so the classes that hold vectors compare by identity.
+@dataclass(frozen=True, eq=False)
+class NewRecord:
+    """A record to be written. `vectors` has one vector [dimension] for every space."""
+
+    id: str
+    vectors: Mapping[str, ArrayLike]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    content_hash: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """A record as stored. `vectors` is empty unless asked for; times are Unix seconds."""
+
+    id: str
+    metadata: dict[str, Any]
+    content_hash: str | None
+    vectors: dict[str, NDArray[np.float32]]
+    created_at: float
+    updated_at: float
+
+
+@dataclass(frozen=True)
+class Page:
+    """Some records in order of insertion; `next_cursor` is None on the last page."""
+
+    records: list[Record]
+    next_cursor: str | None
+
+
+@dataclass(frozen=True)
+class Match:
+    """A search hit. `score` is the cosine similarity, in [-1, 1] up to rounding."""
+
+    id: str
+    score: float
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class UpsertOutcome:
+    """What an upsert did to one record."""
+
+    id: str
+    outcome: Outcome
+
+
+@dataclass(frozen=True, eq=False)
+class CheckedRecord:
+    """A `NewRecord` that passed `check_record`: copied, typed, ready for the store."""
+
+    id: str
+    metadata_json: str
+    content_hash: str | None
+    vectors: dict[str, NDArray[np.float32]]
+
+
+def check_record(record: NewRecord, spaces: Mapping[str, int]) -> CheckedRecord:
+    """Check one record against its collection's spaces (name -> dimension) and copy its vectors.
+
+    Raises:
+        InvalidRecord: the id, the content hash or the metadata cannot be stored.
+        InvalidVector: a space is unknown or missing, or a vector does not fit its space.
+    """
+    if not is_possible_id(record.id):
+        raise InvalidRecord(
+            f"an id must be 1 to {MAX_ID_CHARACTERS} characters without control characters, "
+            f"got {_shorten(record.id)}"
+        )
+    if record.content_hash is not None and not is_possible_id(record.content_hash):
+        raise InvalidRecord(
+            f"record {_shorten(record.id)}: content_hash must be None or 1 to {MAX_ID_CHARACTERS} "
+            f"characters without control characters, got {_shorten(record.content_hash)}"
+        )
+    if not isinstance(record.vectors, Mapping):
+        raise InvalidVector(f"record {_shorten(record.id)}: vectors must map a space to its vector")
+    if set(record.vectors) != set(spaces):
+        raise InvalidVector(
+            f"record {_shorten(record.id)}: expected a vector for each of the spaces "
+            f"{sorted(spaces)}, got {sorted(map(str, record.vectors))}"
+        )
+    return CheckedRecord(
+        id=record.id,
+        metadata_json=_metadata_to_json(record.id, record.metadata),
+        content_hash=record.content_hash,
+        vectors={
+            space: check_vector(
+                record.vectors[space],
+                dimension,
+                described=f"record {_shorten(record.id)}, space {space!r}",
+            )
+            for space, dimension in spaces.items()
+        },
+    )
+
+
+def check_vector(vector: ArrayLike, dimension: int, *, described: str) -> NDArray[np.float32]:
+    """Copy a vector [dimension] to contiguous float32.
+
+    Raises:
+        InvalidVector: not numbers, another shape, a NaN or infinity, or all zeros.
+    """
+    return _check_numbers(vector, (dimension,), described=described)
+
+
+def check_queries(vectors: ArrayLike, dimension: int, *, described: str) -> NDArray[np.float32]:
+    """Copy query vectors [n, dimension] to contiguous float32; raises `InvalidVector` likewise."""
+    return _check_numbers(vectors, (None, dimension), described=described)
+
+
+def check_name(name: str) -> None:
+    """Raise `InvalidName` unless `name` can name a collection or a space."""
+    if not is_name(name):
+        raise InvalidName(
+            "a name must be 1 to 63 characters out of a-z, 0-9, '_' and '-', "
+            f"beginning with a letter or digit; got {_shorten(name)}"
+        )
+
+
+def is_name(value: object) -> bool:
+    """Whether a collection or a space may have this name, and so whether a folder may hold one."""
+    return isinstance(value, str) and _NAME.fullmatch(value) is not None
+
+
+def check_ids(ids: Iterable[str]) -> list[str]:
+    """The ids as a list; raises `TypeError` for one string, whose characters would pass for ids."""
+    if isinstance(ids, str):
+        raise TypeError(f"expected a list of ids, got the string {_shorten(ids)}")
+    return list(ids)
+
+
+def check_positive(**number: int) -> None:
+    """Raise `ValueError` unless each number, given by its name, is at least 1."""
+    for name, value in number.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+
+
+def check_model(model: str) -> None:
+    """Raise `ValueError` unless `model` can be kept as a model's fingerprint."""
+    if not is_possible_id(model):
+        raise ValueError(f"model must be a fingerprint, a short string; got {_shorten(model)}")
+
+
+def check_spaces(spaces: Mapping[str, int]) -> None:
+    """Raise `InvalidName` or `InvalidVector` unless `spaces` maps names to dimensions."""
+    if not spaces:
+        raise InvalidVector("a collection needs at least one space (name -> dimension)")
+    for space, dimension in spaces.items():
+        check_name(space)
+        is_integer = isinstance(dimension, int) and not isinstance(dimension, bool)
+        if not is_integer or not 1 <= dimension <= MAX_DIMENSION:
+            raise InvalidVector(
+                f"space {space!r}: expected a dimension from 1 to {MAX_DIMENSION}, "
+                f"got {_shorten(dimension)}"
+            )
+
+
+def is_possible_id(value: object) -> bool:
+    """Whether a record may have this id: other ids need not be looked for."""
+    return (
+        isinstance(value, str)
+        and 1 <= len(value) <= MAX_ID_CHARACTERS
+        # Cc: control characters. Cs: half of a surrogate pair, which no UTF-8 can hold.
+        and not any(unicodedata.category(character) in {"Cc", "Cs"} for character in value)
+    )
+
+
+def normalise(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Scale each row of [n, dimension] to unit length. Rows must be finite and not all zero."""
+    # In float64 no finite float32 row overflows or underflows when squared.
+    wide = vectors.astype(np.float64)
+    wide /= np.sqrt(np.einsum("nd,nd->n", wide, wide))[:, np.newaxis]
+    return wide.astype(np.float32)
+
+
+def _check_numbers(
+    values: ArrayLike, shape: tuple[int | None, ...], *, described: str
+) -> NDArray[np.float32]:
+    try:
+        given = np.asarray(values)
+    except ValueError as error:  # rows of unequal length
+        raise InvalidVector(f"{described}: not an array of numbers: {error}") from error
+    if given.dtype.kind not in "fiu":
+        raise InvalidVector(f"{described}: expected real numbers, got {given.dtype}")
+    fits = given.ndim == len(shape) and all(
+        expected is None or got == expected
+        for got, expected in zip(given.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("n" if size is None else str(size) for size in shape)
+        raise InvalidVector(f"{described}: expected shape [{wanted}], got {list(given.shape)}")
+    # What is too large for float32 becomes infinite here and is refused below.
+    with np.errstate(over="ignore"):
+        copied = np.array(given, dtype=np.float32, order="C")
+    rows = np.atleast_2d(copied)
+    for bad, reason in (
+        (~np.isfinite(rows).all(axis=1), "expected finite numbers, got NaN or infinity"),
+        (~rows.any(axis=1), "expected a vector with a direction, got all zeros"),
+    ):
+        if bad.any():
+            where = f", row {int(bad.argmax())}" if copied.ndim == 2 else ""
+            raise InvalidVector(f"{described}{where}: {reason}")
+    return copied
+
+
+def _metadata_to_json(record_id: str, metadata: Mapping[str, Any]) -> str:
+    """One text for one meaning: keys sorted, so equal metadata are equal strings."""
+    what = f"record {_shorten(record_id)}: metadata must be a JSON object"
+    if not isinstance(metadata, Mapping):
+        raise InvalidRecord(f"{what}, got {type(metadata).__name__}")
+    given = dict(metadata)
+    try:
+        text = json.dumps(given, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        text.encode()  # refuses half a surrogate pair
+        # json.dumps turns the key 1 into "1" and a tuple into a list without a word.
+        returns_equal = json.loads(text) == given
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRecord(f"{what}: {error}") from error
+    if not returns_equal:
+        raise InvalidRecord(f"{what}: its keys must be strings and its sequences lists")
+    return text
+
+
+def _shorten(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:60]}... ({len(shown)} characters)"

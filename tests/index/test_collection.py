@@ -1,0 +1,441 @@
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from index.ann import FlatIndex
+from index.collection import Collection, CollectionSet, NewRecord
+from index.errors import (
+    CollectionNotFound,
+    InvalidCursor,
+    InvalidRecord,
+    InvalidVector,
+    RecordNotFound,
+)
+from index.store import Store
+from tests.index.helpers import MODEL, SPACES, cosines, create, fill, record, vectors
+
+
+def outcomes(collection: Collection, *records: NewRecord) -> list[str]:
+    return [each.outcome for each in collection.upsert(records)]
+
+
+def test_a_record_comes_back_as_it_was_given(collection: Collection) -> None:
+    before = time.time()
+    metadata = {"b": [1, 2.5, None, True], "a": {"ü": "日本"}}
+    new = NewRecord("a.jpg", vectors(1), metadata, "abc")
+    assert outcomes(collection, new) == ["created"]
+    got = collection.get("a.jpg", with_vectors=True)
+    assert (got.id, got.metadata, got.content_hash) == ("a.jpg", metadata, "abc")
+    assert before <= got.created_at == got.updated_at <= time.time()
+    for space, vector in vectors(1).items():
+        assert got.vectors[space].dtype == np.float32
+        np.testing.assert_array_equal(got.vectors[space], vector)  # as given, not normalised
+    assert collection.get("a.jpg").vectors == {}
+
+
+def test_outcomes(collection: Collection) -> None:
+    assert outcomes(collection, record("a", 1, x=1, y=2), record("b", 2)) == ["created"] * 2
+    created = collection.get("a")
+    assert outcomes(collection, record("a", 1, y=2, x=1)) == ["unchanged"]
+    assert collection.get("a").updated_at == created.updated_at
+    assert outcomes(collection, record("a", 1, x=1)) == ["updated"]
+    assert outcomes(collection, NewRecord("a", vectors(1), {"x": 1}, "other")) == ["updated"]
+    changed = vectors(1) | {"copy": vectors(9)["copy"]}
+    assert outcomes(collection, NewRecord("a", changed, {"x": 1}, "other")) == ["updated"]
+    assert outcomes(collection, NewRecord("a", changed, {"x": True}, "other")) == ["updated"]
+    after = collection.get("a")
+    assert after.created_at == created.created_at < after.updated_at
+    assert collection.count() == 2
+    assert collection.upsert([]) == []
+
+
+def test_of_an_id_twice_in_one_call_the_last_stays(collection: Collection) -> None:
+    assert outcomes(collection, record("a", 1), record("a", 2), record("a", 2), record("b", 3)) == [
+        "created",
+        "updated",
+        "unchanged",
+        "created",
+    ]
+    assert collection.count() == 2
+    assert collection.get("a").content_hash == "hash-2"
+    (match,) = collection.search(vectors(2)["cls"], k=1)
+    assert match.id == "a"
+    assert match.score == pytest.approx(1)
+
+
+def test_an_upsert_is_all_or_nothing(collection: Collection) -> None:
+    fill(collection, 3)
+    with pytest.raises(InvalidVector, match=r"'bad'.*'cls'.*\[4\].*\[5\]"):
+        collection.upsert([record("new"), NewRecord("bad", vectors(1) | {"cls": np.ones(5)})])
+    assert collection.count() == 3
+    with pytest.raises(RecordNotFound, match="'new'"):
+        collection.get("new")
+
+
+def test_a_failed_transaction_leaves_nothing(
+    collection: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(collection, 3)
+    write, written = Store._write_vectors, list[int]()
+
+    def fail_at_the_second(self: Store, *arguments: Any) -> None:
+        written.append(1)
+        if len(written) == 2:
+            raise MemoryError
+        write(self, *arguments)
+
+    monkeypatch.setattr(Store, "_write_vectors", fail_at_the_second)
+    with pytest.raises(MemoryError):
+        collection.upsert([record("x", 7), record("y", 8)])
+    assert collection.count() == len(collection.scroll(limit=10).records) == 3
+    assert outcomes(collection, record("x", 7)) == ["created"]
+
+
+@pytest.mark.parametrize(
+    ("vector", "message"),
+    [
+        (np.zeros(4), "zeros"),
+        ([1, np.nan, 0, 0], "NaN"),
+        ([1, np.inf, 0, 0], "infinity"),
+        (np.array([1e300, 0, 0, 0]), "infinity"),
+        (np.ones(3), r"expected shape \[4\], got \[3\]"),
+        (np.ones((1, 4)), r"expected shape \[4\], got \[1, 4\]"),
+        (["a", "b", "c", "d"], "real numbers"),
+        (np.ones(4, dtype=complex), "complex128"),
+        ([[1], [1, 2]], "not an array of numbers"),
+    ],
+)
+def test_vectors_that_do_not_fit(collection: Collection, vector: Any, message: str) -> None:
+    with pytest.raises(InvalidVector, match=message) as raised:
+        collection.upsert([NewRecord("the-id", vectors(1) | {"cls": vector})])
+    assert "'the-id'" in str(raised.value)
+    assert "'cls'" in str(raised.value)
+    with pytest.raises(InvalidVector, match=message):
+        collection.search(vector, k=1)
+
+
+def test_spaces_that_do_not_fit(collection: Collection) -> None:
+    for given in ({"cls": np.ones(4)}, vectors(1) | {"other": np.ones(4)}, {}):
+        with pytest.raises(InvalidVector, match=r"'x'.*\['cls', 'copy'\]"):
+            collection.upsert([NewRecord("x", given)])
+    with pytest.raises(InvalidVector, match=r"'other'.*\['cls', 'copy'\]"):
+        collection.search(np.ones(4), k=1, space="other")
+    with pytest.raises(InvalidVector, match="row 1"):
+        collection.search_batch([[1, 0, 0, 0], [0, 0, 0, 0]], 1)
+
+
+@pytest.mark.parametrize("bad", ["", "x" * 513, "a\nb", "a\0b", "\x7f", "\x85", "\ud800", 7, None])
+def test_ids_that_cannot_be(collection: Collection, bad: Any) -> None:
+    with pytest.raises(InvalidRecord):
+        collection.upsert([record(bad)])
+    with pytest.raises(RecordNotFound):
+        collection.get(bad)
+    assert collection.delete([bad]) == 0
+
+
+@pytest.mark.parametrize(
+    "good",
+    [
+        "x" * 512,
+        "../../etc/passwd",
+        "a b",
+        "日本/👩‍👩‍👧.jpg",
+        "'; DROP--",
+        "é",
+        "e\u0301",
+        "\uffff",
+    ],
+)
+def test_ids_that_can_be(collection: Collection, good: str) -> None:
+    collection.upsert([record(good, 1), record("other", 2)])
+    assert collection.get(good).id == good
+    assert [each.id for each in collection.search(vectors(1)["cls"], k=1)] == [good]
+    assert [each.id for each in collection.search(vectors(1)["cls"], k=1, exclude=[good])] == [
+        "other"
+    ]
+    assert collection.delete([good]) == 1
+
+
+def deep() -> Any:
+    nested: Any = 1
+    for _ in range(100_000):
+        nested = [nested]
+    return nested
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        [1],
+        None,
+        "text",
+        {1: "a"},
+        {"a": {1: 2}},
+        {"a": (1, 2)},
+        {"a": float("nan")},
+        {"a": float("inf")},
+        {"a": object()},
+        {"a": b"x"},
+        {"a": "\ud800"},
+        {"a": deep()},
+        {"a": np.ones(2)},
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_metadata_that_is_not_json(collection: Collection, metadata: Any) -> None:
+    with pytest.raises(InvalidRecord, match=r"'x'.*JSON object"):
+        collection.upsert([NewRecord("x", vectors(1), metadata)])
+
+
+def test_content_hash_must_be_text(collection: Collection) -> None:
+    wrong: Any = 5
+    with pytest.raises(InvalidRecord, match="content_hash"):
+        collection.upsert([NewRecord("x", vectors(1), {}, wrong)])
+    collection.upsert([NewRecord("x", vectors(1))])
+    assert collection.get("x").content_hash is None
+
+
+def test_the_callers_array_may_change_afterwards(collection: Collection) -> None:
+    given = vectors(1)
+    collection.upsert([NewRecord("x", given)])
+    given["cls"][:] = 0
+    np.testing.assert_array_equal(
+        collection.get("x", with_vectors=True).vectors["cls"], vectors(1)["cls"]
+    )
+
+
+def test_delete_says_how_many_there_were(collection: Collection) -> None:
+    fill(collection, 5)
+    assert collection.delete(["r1", "r3", "r1", "nobody"]) == 2
+    assert collection.delete([]) == 0
+    assert collection.count() == 3
+    found = collection.search(vectors(1)["cls"], k=10)
+    assert sorted(match.id for match in found) == ["r0", "r2", "r4"]
+    with pytest.raises(TypeError, match="list of ids"):
+        collection.delete("r0")
+
+
+@pytest.mark.parametrize("space", ["cls", "copy"])
+def test_search_is_exact_in_each_space(collection: Collection, space: str) -> None:
+    records = fill(collection, 60)
+    rows = np.stack([np.asarray(each.vectors[space]) for each in records])
+    query = vectors(1000)[space]
+    expected = cosines(query, rows)
+    best = np.argsort(-expected)
+    found = collection.search(query, k=7, space=space)
+    assert [match.id for match in found] == [records[number].id for number in best[:7]]
+    assert [match.score for match in found] == pytest.approx(expected[best[:7]].tolist(), abs=1e-6)
+    assert found[0].metadata == records[best[0]].metadata
+    assert len(collection.search(query, k=1000, space=space)) == 60
+    batch = collection.search_batch(np.stack([query, rows[3]]), 7, space)
+    assert [match.id for match in batch[0]] == [match.id for match in found]
+    assert batch[1][0].id == "r3"
+
+
+def test_search_cuts_and_excludes(collection: Collection) -> None:
+    fill(collection, 30)
+    query = vectors(77)["cls"]
+    everything = collection.search(query, k=30)
+    excluded = [match.id for match in everything[:20]]
+    assert collection.search(query, k=5, exclude=[*excluded, "nobody"]) == everything[20:25]
+    floor = everything[3].score
+    assert collection.search(query, k=30, min_score=floor) == everything[:4]
+    assert collection.search(query, k=2, min_score=2.0) == []
+    for wrong in (0, -1):
+        with pytest.raises(ValueError, match="k must be"):
+            collection.search(query, k=wrong)
+    assert collection.search_batch(np.empty((0, 4)), 3) == []
+
+
+def test_ties_are_oldest_first_also_after_an_update(collection: Collection) -> None:
+    for name in ("d", "c", "b", "a"):
+        collection.upsert([NewRecord(name, vectors(5))])
+    collection.upsert([record("d", 6)])
+    collection.upsert([NewRecord("d", vectors(5))])
+    found = collection.search(vectors(5)["cls"], k=3)
+    assert [match.id for match in found] == ["d", "c", "b"]
+
+
+def test_scroll_gives_each_record_once_whatever_changes(collection: Collection) -> None:
+    fill(collection, 7)
+    first = collection.scroll(limit=3)
+    assert [each.id for each in first.records] == ["r0", "r1", "r2"]
+    collection.delete(["r2", "r3"])
+    collection.upsert([record("r0", 50), record("new", 51)])
+    second = collection.scroll(cursor=first.next_cursor, limit=3)
+    assert [each.id for each in second.records] == ["r4", "r5", "r6"]
+    last = collection.scroll(cursor=second.next_cursor, limit=3)
+    assert [each.id for each in last.records] == ["new"]
+    assert last.next_cursor is None
+    assert collection.scroll(limit=6).next_cursor is None
+
+
+@pytest.mark.parametrize("cursor", ["", "x", "-1", "0", " 1", "1_0", "f" * 40, "1\n"])
+def test_cursors_from_elsewhere(collection: Collection, cursor: str) -> None:
+    with pytest.raises(InvalidCursor):
+        collection.scroll(cursor=cursor, limit=3)
+
+
+def test_scroll_needs_a_limit(collection: Collection) -> None:
+    assert collection.scroll(limit=1).records == []
+    with pytest.raises(ValueError, match="limit must be"):
+        collection.scroll(limit=0)
+
+
+def test_everything_is_there_after_a_restart(root: Path) -> None:
+    with CollectionSet(root) as collections:
+        collection = create(collections)
+        fill(collection, 20)
+        collection.delete(["r4"])
+        before = collection.search(vectors(3)["copy"], k=20, space="copy")
+        created_at = collection.created_at
+    with CollectionSet(root) as collections:
+        collection = collections.get("pictures")
+        assert collection.search(vectors(3)["copy"], k=20, space="copy") == before
+        assert (collection.name, collection.model, collection.spaces, collection.created_at) == (
+            "pictures",
+            MODEL,
+            SPACES,
+            created_at,
+        )
+
+
+def test_a_cursor_outlives_a_restart_and_the_last_records(root: Path) -> None:
+    with CollectionSet(root) as collections:
+        collection = create(collections)
+        fill(collection, 4)
+        cursor = collection.scroll(limit=3).next_cursor
+        collection.delete(["r1", "r2", "r3"])
+    with CollectionSet(root) as collections:
+        collection = collections.get("pictures")
+        collection.upsert([record("late", 99)])  # under a new key, not that of r1
+        page = collection.scroll(cursor=cursor, limit=3)
+        assert [each.id for each in page.records] == ["late"]
+
+
+def failing_once(monkeypatch: pytest.MonkeyPatch, method: str, times: int = 1) -> None:
+    real: Callable[..., None] = getattr(FlatIndex, method)
+    left = [times]
+
+    def fail(self: FlatIndex, *arguments: Any) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise MemoryError("no room")
+        real(self, *arguments)
+
+    monkeypatch.setattr(FlatIndex, method, fail)
+
+
+@pytest.mark.parametrize("method", ["upsert", "remove"])
+def test_the_index_is_built_anew_where_it_could_not_follow(
+    collection: Collection, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    fill(collection, 5)
+    failing_once(monkeypatch, method)
+    assert outcomes(collection, record("new", 40)) == ["created"]
+    assert collection.delete(["r0"]) == 1
+    found = collection.search(vectors(40)["cls"], k=10)
+    assert [match.id for match in found][:1] == ["new"]
+    assert sorted(match.id for match in found) == ["new", "r1", "r2", "r3", "r4"]
+
+
+def test_a_failed_rebuild_is_made_up_for_later(
+    collection: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(collection, 5)
+    failing_once(monkeypatch, "upsert", times=2)
+    with pytest.raises(MemoryError) as raised:
+        collection.upsert([record("new", 40)])
+    assert collection.search(vectors(40)["cls"], k=1)[0].id == "new"  # it had been committed
+    assert collection.count() == 6
+    collection.close()  # does not wait for what the traceback still refers to
+    assert raised.tb is not None
+
+
+def test_a_search_during_a_deletion_still_gives_k(
+    collection: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(collection, 10)
+    query = vectors(0)["cls"]
+    best = collection.search(query, k=5)
+    committed, go_on = threading.Event(), threading.Event()
+    remove = FlatIndex.remove
+
+    def pausing(self: FlatIndex, keys: Any) -> None:
+        committed.set()
+        assert go_on.wait(10)
+        remove(self, keys)
+
+    monkeypatch.setattr(FlatIndex, "remove", pausing)
+    deleting = threading.Thread(target=collection.delete, args=([best[0].id],))
+    deleting.start()
+    assert committed.wait(10)
+    found = list[list[str]]()
+    searching = threading.Thread(
+        target=lambda: found.append([match.id for match in collection.search(query, k=4)])
+    )
+    searching.start()
+    go_on.set()
+    deleting.join()
+    searching.join()
+    assert found == [[match.id for match in best[1:]]]
+
+
+def test_threads_may_share_a_collection(collection: Collection) -> None:
+    fill(collection, 20)
+    faults = list[BaseException]()
+
+    def work(number: int) -> None:
+        try:
+            for turn in range(8):
+                name = f"t{number}-{turn}"
+                collection.upsert([record(name, 1000 + 10 * number + turn)])
+                query = vectors(1000 + 10 * number + turn)["cls"]
+                assert collection.search(query, k=1)[0].id == name
+                assert collection.get(name).id == name
+                collection.scroll(limit=5)
+                assert collection.delete([name]) == 1
+                assert name not in {match.id for match in collection.search(query, k=20)}
+        except BaseException as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert faults == []
+    assert collection.count() == 20
+
+
+def test_closing_waits_for_readers(collection: Collection) -> None:
+    fill(collection, 2)
+    closing = threading.Thread(target=collection.close)
+    with collection._store._database.reading() as connection:
+        closing.start()
+        closing.join(0.1)
+        assert closing.is_alive()
+        assert connection.execute("SELECT count(*) FROM records").fetchone() == (2,)
+    closing.join(10)
+    assert not closing.is_alive()
+
+
+def test_a_closed_collection_says_so(collection: Collection) -> None:
+    fill(collection, 2)
+    collection.close()
+    collection.close()
+    for use in (
+        lambda: collection.search(vectors(0)["cls"], k=1),
+        lambda: collection.upsert([record("x")]),
+        lambda: collection.delete(["r0"]),
+        lambda: collection.get("r0"),
+        lambda: collection.scroll(limit=1),
+        collection.count,
+    ):
+        with pytest.raises(CollectionNotFound, match="closed or deleted"):
+            use()
