@@ -110,6 +110,13 @@ class Collection:
             raise RecordNotFound(f"collection {self.name!r} has no record {id!r}")
         return record
 
+    def thumbnail(self, id: str) -> bytes:  # noqa: A002
+        """A record's thumbnail; raises `RecordNotFound` without the record, or without one."""
+        found = self._store.thumbnail(id)
+        if found is None:
+            raise RecordNotFound(f"collection {self.name!r} has no thumbnail for {id!r}")
+        return found
+
     def count(self) -> int:
         """How many records there are."""
         return self._mirror.count()

@@ -22,12 +22,17 @@ Outcome = Literal["created", "updated", "unchanged"]
 # Equality of arrays is not a truth value, so the classes that hold vectors compare by identity.
 @dataclass(frozen=True, eq=False)
 class NewRecord:
-    """A record to be written. `vectors` has one vector [dimension] for every space."""
+    """A record to be written. `vectors` has one vector [dimension] for every space.
+
+    `thumbnail` is kept beside the record as it is given; it is no part of what makes two records
+    equal, and a record that is rewritten without one keeps the one that it has.
+    """
 
     id: str
     vectors: Mapping[str, ArrayLike]
     metadata: Mapping[str, Any] = field(default_factory=dict)
     content_hash: str | None = None
+    thumbnail: bytes | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +80,7 @@ class CheckedRecord:
     metadata_json: str
     content_hash: str | None
     vectors: dict[str, NDArray[np.float32]]
+    thumbnail: bytes | None
 
 
 def check_record(record: NewRecord, spaces: Mapping[str, int]) -> CheckedRecord:
@@ -113,6 +119,7 @@ def check_record(record: NewRecord, spaces: Mapping[str, int]) -> CheckedRecord:
             )
             for space, dimension in spaces.items()
         },
+        thumbnail=record.thumbnail,
     )
 
 

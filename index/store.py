@@ -35,6 +35,8 @@ _SCHEMA = (
     "CREATE TABLE records ("
     "key INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, metadata TEXT NOT NULL, "
     "content_hash TEXT, created_at REAL NOT NULL, updated_at REAL NOT NULL)",
+    "CREATE TABLE thumbnails ("
+    "thumbnail BLOB NOT NULL, key INTEGER PRIMARY KEY REFERENCES records ON DELETE CASCADE)",
     f"PRAGMA user_version = {SCHEMA_VERSION}",
 )
 _RECORD_COLUMNS = "key, id, metadata, content_hash, created_at, updated_at"
@@ -121,6 +123,17 @@ class Store:
             vectors = self._vectors_of(connection, row[0]) if with_vectors else {}
             return self._record(row, vectors)
 
+    def thumbnail(self, record_id: str) -> bytes | None:
+        """What was given as this record's thumbnail; None without one, or without the record."""
+        if not is_possible_id(record_id):
+            return None
+        with self._database.reading() as connection:
+            row = connection.execute(
+                "SELECT thumbnail FROM thumbnails JOIN records USING (key) WHERE id = ?",
+                (record_id,),
+            ).fetchone()
+        return None if row is None else bytes(row[0])
+
     def records_after(self, key: int, limit: int) -> list[tuple[int, Record]]:
         """Up to `limit` (key, record) with keys above `key`, in order of keys, without vectors."""
         with self._database.reading() as connection:
@@ -201,6 +214,7 @@ class Store:
                 (record.id, *fields, now, now),
             ).fetchone()[0]
             self._write_vectors(connection, key, record)
+            self._write_thumbnail(connection, key, record)
             return Written(key, "created", vectors_changed=True)
         key = row[0]
         stored = self._vectors_of(connection, key)
@@ -215,6 +229,7 @@ class Store:
         )
         if vectors_changed:
             self._write_vectors(connection, key, record)
+        self._write_thumbnail(connection, key, record)
         return Written(key, "updated", vectors_changed)
 
     def _write_vectors(
@@ -225,6 +240,15 @@ class Store:
             connection.execute(
                 f"INSERT OR REPLACE INTO {table} (key, vector) VALUES (?, ?)",
                 (key, vector.astype("<f4").tobytes()),
+            )
+
+    def _write_thumbnail(
+        self, connection: sqlite3.Connection, key: int, record: CheckedRecord
+    ) -> None:
+        if record.thumbnail is not None:
+            connection.execute(
+                "INSERT OR REPLACE INTO thumbnails (key, thumbnail) VALUES (?, ?)",
+                (key, record.thumbnail),
             )
 
     def _vectors_of(

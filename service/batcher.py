@@ -1,8 +1,8 @@
 """Bounded dynamic batching without a timer: requests gather while the model is busy.
 
 One thread owns the model. When it is free it takes the oldest waiting item, and with it every other
-waiting item of the same kind, up to the largest batch; so a lone request waits for nobody, and under
-load batches fill by themselves. Knows no torch and no FastAPI.
+waiting item of the same kind, up to the largest batch; so a lone request waits for nobody, and
+under load batches fill by themselves. Knows no torch and no FastAPI.
 """
 
 import asyncio
@@ -107,7 +107,7 @@ class Batcher(Generic[Item, Result]):
             try:
                 results = self._run(batch[0].kind, [job.item for job in batch])
             except Exception as error:
-                # Whatever the model raised belongs to the requests of this batch, not to the thread.
+                # Whatever the model raised belongs to this batch's requests, not to the thread.
                 _log.error("a batch of %d failed", len(batch), exc_info=error)
                 for job in batch:
                     failure = BatchFailed("the model failed on this batch of pictures; try again")

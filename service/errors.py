@@ -1,11 +1,11 @@
 """One table from exception to status, and one JSON shape for every error.
 
-    {"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
+{"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
 
-    RequestError
-      ImageError: a picture that cannot be read, is too large, or is none
-    QueueFull (service.batcher): the service is at its limit
-    CollectionError and its kinds (index.errors)
+RequestError
+  ImageError: a picture that cannot be read, is too large, or is none
+QueueFull (service.batcher): the service is at its limit
+CollectionError and its kinds (index.errors)
 """
 
 import logging
@@ -56,8 +56,10 @@ _INDEX_STATUS: Mapping[type[index_errors.CollectionError], tuple[int, str]] = Ma
         index_errors.InvalidName: (400, "invalid_name"),
         index_errors.InvalidVector: (400, "invalid_vector"),
         index_errors.InvalidRecord: (400, "invalid_record"),
+        index_errors.InvalidCursor: (400, "invalid_cursor"),
         index_errors.ModelMismatch: (409, "model_mismatch"),
         index_errors.StoreDamaged: (503, "store_damaged"),
+        index_errors.StoreFailed: (507, "store_failed"),
         index_errors.CollectionError: (503, "store_unavailable"),
     }
 )

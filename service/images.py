@@ -1,7 +1,8 @@
 """Untrusted bytes -> picture, within limits.
 
 The header is checked before anything is decoded; formats are an allow-list; EXIF orientation is
-applied; transparency is laid over white; 16 bits are scaled to 8; animations give their first frame.
+applied; transparency is laid over white; 16 bits are scaled to 8; animations give their first
+frame.
 """
 
 import base64

@@ -257,7 +257,9 @@ class SearchAnswer(Answer):
 class ClassifyOptions(Options):
     """The k-NN vote."""
 
-    label: str = Field(min_length=1, description="the metadata key whose value is voted on")
+    label: str | None = Field(
+        default=None, min_length=1, description="the metadata key whose value is voted on; needed"
+    )
     k: int = Field(default=20, ge=1, le=1000, description="neighbours that vote")
     temperature: float = Field(default=0.07, gt=0.0, description="weight is exp(score / this)")
 

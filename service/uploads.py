@@ -27,14 +27,14 @@ class Upload:
 
 
 class BodyLimit:
-    """ASGI middleware that counts a body's bytes as they stream in, whatever Content-Length says."""
+    """ASGI middleware that counts a body's bytes as they come, whatever Content-Length says."""
 
     def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
         self._app = app
         self._max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers 413 before reading where the length is told, and as soon as it shows elsewhere."""
+        """Answers 413 before reading where the length is told, else as soon as it shows."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -130,9 +130,9 @@ async def read_one(request: Request, limits: Limits) -> EncodedPicture:
     return upload.pictures[0]
 
 
-def pictures_of(values: list[str], limits: Limits, *, max_pictures: int, param: str) -> list[
-    EncodedPicture
-]:
+def pictures_of(
+    values: list[str], limits: Limits, *, max_pictures: int, param: str
+) -> list[EncodedPicture]:
     """Data URIs or base64 strings -> pictures, each named `param[i]` in errors."""
     _check_count(len(values), max_pictures, param=param)
     return [picture_of(value, limits, param=f"{param}[{i}]") for i, value in enumerate(values)]

@@ -118,7 +118,9 @@ class Vision:
                 results[i] = result
         return results
 
-    def render(self, maps: Array, picture: Image.Image, style: heatmaps.Style) -> asyncio.Future[bytes]:
+    def render(
+        self, maps: Array, picture: Image.Image, style: heatmaps.Style
+    ) -> asyncio.Future[bytes]:
         """Draws maps in a decoding thread."""
         loop = asyncio.get_running_loop()
         return loop.run_in_executor(self._pool, heatmaps.draw, maps, picture, style)

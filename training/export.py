@@ -100,7 +100,7 @@ def export(
             "licence": licence,
             "method": "DINO (arXiv 2104.14294)",
             "network": key,
-            "recipe": state["recipe"],
+            "recipe": _published(state["recipe"]),
             "steps": state["step"],
             "torch": str(torch.__version__),
         },
@@ -112,6 +112,13 @@ def export(
         if not torch.equal(written.weights[name], tensor):
             raise ArtifactError(f"{name} in {out} is not what was written")
     return fingerprint
+
+
+def _published(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe without what is the trainer's own affair: folders of their machine."""
+    kept = {key: value for key, value in recipe.items() if key != "run_dir"}
+    train = [Path(path).name for path in recipe["data"]["train"]]
+    return {**kept, "data": {**recipe["data"], "train": train}}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,52 @@
+"""python -m service: the service, its settings from the environment and `.env`."""
+
+import logging
+import sys
+
+import uvicorn
+from pydantic import ValidationError
+
+from service.app import create_app, load_encoder
+from service.settings import Settings
+
+
+def main() -> int:
+    """Runs until a signal; returns 2 for settings that cannot be."""
+    if len(sys.argv) > 1:
+        return _help(sys.argv[1:])
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        for fault in error.errors():
+            name = "DINOSCOPE_" + "_".join(str(part) for part in fault["loc"]).upper()
+            print(f"error: {name} = {fault['input']!r}: {fault['msg']}", file=sys.stderr)
+        return 2
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    try:
+        encoder = load_encoder(settings)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    uvicorn.run(
+        create_app(settings, encoder=encoder),
+        host=settings.host,
+        port=settings.port,
+        log_level=settings.log_level,
+        log_config=None,
+    )
+    return 0
+
+
+def _help(arguments: list[str]) -> int:
+    if arguments not in (["--help"], ["-h"]):
+        print(f"error: unknown argument {arguments[0]!r}; settings are environment variables:\n")
+    print("python -m service takes its settings from the environment and from .env:\n")
+    for name, field in Settings.model_fields.items():
+        print(f"  DINOSCOPE_{name.upper()} (default {field.default})\n      {field.description}")
+    return 0 if arguments in (["--help"], ["-h"]) else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""create_app: the one place where the service is put together."""
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import anyio.to_thread
+import torch
+from fastapi import FastAPI
+from fastapi.staticfiles import StaticFiles
+
+from backbone.pretrained import load_model
+from index.collection import CollectionSet
+from service.encoder import Encoder, TorchEncoder
+from service.errors import add_error_handlers
+from service.images import Limits
+from service.routes import attention, collections, copies, embeddings, health, search
+from service.services import Services
+from service.settings import Settings
+from service.uploads import BodyLimit
+from service.vision import Vision
+
+DEFAULT_COLLECTION = "default"
+_WEB = Path(__file__).parent / "web"
+_log = logging.getLogger("service")
+
+_DESCRIPTION = """
+Embeddings, self-attention maps, similarity search and copy detection with a DINO backbone.
+
+A picture is sent as a multipart file (field `image`), as a raw `image/*` body, or in JSON as a data
+URI or base64 string. With a multipart or raw picture the options stand in the query string; in JSON
+they are fields beside the picture. Every error has the shape
+`{"error": {"message", "type", "param", "code"}}`.
+"""
+
+
+def create_app(settings: Settings | None = None, *, encoder: Encoder | None = None) -> FastAPI:
+    """The service as an ASGI application.
+
+    Nothing is loaded before the application starts.
+
+    Args:
+        settings: default: from the environment and `.env`.
+        encoder: takes the place of the model that the settings name; for tests.
+    """
+    settings = settings or Settings()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        services = await anyio.to_thread.run_sync(_start, settings, encoder)
+        app.state.services = services
+        try:
+            yield
+        finally:
+            await anyio.to_thread.run_sync(_stop, services)
+
+    app = FastAPI(
+        title="dinoscope", version="0.1.0", description=_DESCRIPTION.strip(), lifespan=lifespan
+    )
+    app.add_middleware(BodyLimit, max_bytes=settings.max_request_bytes)
+    add_error_handlers(app)
+    for routes in (health, embeddings, attention, collections, search, copies):
+        app.include_router(routes.router)
+    app.mount("/", StaticFiles(directory=_WEB, html=True), name="web")
+    return app
+
+
+def load_encoder(settings: Settings) -> Encoder:
+    """The model that the settings name.
+
+    Raises:
+        ArtifactError: there is no such model, or its file cannot be used.
+        ValueError: the device is not there.
+    """
+    if settings.torch_threads:
+        torch.set_num_threads(settings.torch_threads)
+    return TorchEncoder(
+        load_model(settings.model),
+        device=settings.device,
+        attention_pixels=settings.attention_pixels,
+    )
+
+
+def _start(settings: Settings, encoder: Encoder | None) -> Services:
+    vision = Vision(
+        encoder or load_encoder(settings),
+        Limits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels),
+        decode_threads=settings.decode_threads,
+        max_batch=settings.max_batch_size,
+        max_waiting=settings.max_queue,
+    )
+    try:
+        vision.warm_up()
+        opened = CollectionSet(settings.data_dir)
+    except BaseException:
+        vision.close()
+        raise
+    services = Services(settings=settings, vision=vision, collections=opened)
+    if DEFAULT_COLLECTION not in opened.names():
+        opened.create(DEFAULT_COLLECTION, spaces=services.spaces, model=vision.info.fingerprint)
+    info = vision.info
+    _log.info(
+        "serving %s (%s, fingerprint %s), collections in %s",
+        info.name,
+        info.architecture,
+        info.fingerprint,
+        settings.data_dir,
+    )
+    return services
+
+
+def _stop(services: Services) -> None:
+    services.vision.close()
+    services.collections.close()

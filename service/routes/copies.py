@@ -1,0 +1,36 @@
+"""Copy detection with the paper's descriptor: CLS and GeM of the squashed picture."""
+
+from typing import Annotated
+
+import anyio.to_thread
+from fastapi import APIRouter, Query, Request
+
+from index.collection import Match
+from service import uploads
+from service.routes.openapi import ERRORS, picture_body
+from service.schemas import CopyAnswer, CopyMatch, CopyOptions, CopyRequest
+from service.services import Served
+
+router = APIRouter(prefix="/v1/collections/{name}", tags=["copies"], responses=ERRORS)
+
+
+@router.post("/copies", summary="Candidates for copies", openapi_extra=picture_body(CopyRequest))
+async def copies(
+    name: str, request: Request, services: Served, query: Annotated[CopyOptions, Query()]
+) -> CopyAnswer:
+    """Raw scores, no verdict: a threshold means nothing before the collection is calibrated."""
+    collection = services.collection(name)
+    options = query
+    if uploads.is_json(request):
+        body = await uploads.read_json(request, CopyRequest)
+        options = body
+        picture = uploads.picture_of(body.image, services.vision.limits, param="image")
+    else:
+        picture = await uploads.read_one(request, services.vision.limits)
+    vector = (await services.vision.encode("copy", [picture]))[0]
+
+    def find() -> list[Match]:
+        return collection.search(vector, k=options.k, space="copy")
+
+    matches = await anyio.to_thread.run_sync(find)
+    return CopyAnswer(matches=[CopyMatch(id=m.id, score=m.score) for m in matches])

@@ -1,0 +1,134 @@
+"""Search by picture, id or vector, and the k-NN vote."""
+
+import json
+import math
+from typing import Annotated, Any
+
+import anyio.to_thread
+from fastapi import APIRouter, Query, Request
+
+from index.collection import Collection, Match
+from service import uploads
+from service.encoder import Array
+from service.errors import RequestError
+from service.routes.openapi import ERRORS, picture_body
+from service.schemas import (
+    ClassifyAnswer,
+    ClassifyOptions,
+    ClassifyRequest,
+    LabelProbability,
+    SearchAnswer,
+    SearchMatch,
+    SearchOptions,
+    SearchRequest,
+)
+from service.services import Served, Services
+from service.vision import EncodedPicture
+
+router = APIRouter(prefix="/v1/collections/{name}", tags=["search"], responses=ERRORS)
+
+
+@router.post("/search", summary="The nearest pictures", openapi_extra=picture_body(SearchRequest))
+async def search(
+    name: str, request: Request, services: Served, query: Annotated[SearchOptions, Query()]
+) -> SearchAnswer:
+    """By a picture, by the id of one in the collection (itself left out), or by a vector."""
+    collection = services.collection(name)
+    options: SearchOptions = query
+    exclude: list[str] = []
+    if uploads.is_json(request):
+        body = await uploads.read_json(request, SearchRequest)
+        options = body
+        vector, exclude = await _vector_of(body, collection, services)
+    else:
+        picture = await uploads.read_one(request, services.vision.limits)
+        vector = await _embed(picture, services)
+
+    def find() -> list[Match]:
+        return collection.search(vector, k=options.k, min_score=options.min_score, exclude=exclude)
+
+    return SearchAnswer(matches=to_matches(await anyio.to_thread.run_sync(find)))
+
+
+@router.post(
+    "/classify", summary="The k-NN vote over a label", openapi_extra=picture_body(ClassifyRequest)
+)
+async def classify(
+    name: str, request: Request, services: Served, query: Annotated[ClassifyOptions, Query()]
+) -> ClassifyAnswer:
+    """Each of the k nearest votes for its label with weight exp(score / temperature)."""
+    collection = services.collection(name)
+    options = query
+    if uploads.is_json(request):
+        body = await uploads.read_json(request, ClassifyRequest)
+        options = body
+        picture = uploads.picture_of(body.image, services.vision.limits, param="image")
+    else:
+        picture = await uploads.read_one(request, services.vision.limits)
+    label = options.label
+    if label is None:
+        raise RequestError(
+            "label is missing: name the metadata key whose value is voted on",
+            code="missing_label",
+            param="label",
+        )
+    vector = await _embed(picture, services)
+
+    def find() -> list[Match]:
+        return collection.search(vector, k=options.k)
+
+    neighbours = await anyio.to_thread.run_sync(find)
+    return ClassifyAnswer(
+        labels=vote(neighbours, label, options.temperature),
+        neighbours=to_matches(neighbours),
+    )
+
+
+def vote(neighbours: list[Match], label: str, temperature: float) -> list[LabelProbability]:
+    """Labels by falling share of the votes (arXiv 2104.14294, section 4.1).
+
+    Neighbours without the label do not vote. Labels may be any JSON value.
+    """
+    best = max((match.score for match in neighbours), default=0.0)
+    weights: dict[str, float] = {}
+    for match in neighbours:
+        if label in match.metadata:
+            key = json.dumps(match.metadata[label], sort_keys=True)
+            # Relative to the best, so that a small temperature cannot overflow.
+            weight = math.exp((match.score - best) / temperature)
+            weights[key] = weights.get(key, 0.0) + weight
+    total = sum(weights.values())
+    ranked = sorted(weights.items(), key=lambda item: -item[1])
+    return [LabelProbability(label=json.loads(k), probability=w / total) for k, w in ranked]
+
+
+def to_matches(matches: list[Match]) -> list[SearchMatch]:
+    """Matches as they go over the wire."""
+    return [SearchMatch(id=m.id, score=m.score, metadata=m.metadata) for m in matches]
+
+
+async def _vector_of(
+    body: SearchRequest, collection: Collection, services: Services
+) -> tuple[Any, list[str]]:
+    given = [name for name in ("image", "id", "vector") if getattr(body, name) is not None]
+    if len(given) != 1:
+        raise RequestError(
+            f"give exactly one of image, id, vector; given: {', '.join(given) or 'none'}",
+            code="invalid_query",
+            param=given[1] if len(given) > 1 else None,
+        )
+    if body.image is not None:
+        picture = uploads.picture_of(body.image, services.vision.limits, param="image")
+        return await _embed(picture, services), []
+    if body.id is not None:
+        record_id = body.id
+
+        def load() -> Array:
+            return collection.get(record_id, with_vectors=True).vectors["cls"]
+
+        return await anyio.to_thread.run_sync(load), [record_id]
+    return body.vector, []
+
+
+async def _embed(picture: EncodedPicture, services: Services) -> Array:
+    return (await services.vision.encode("cls", [picture]))[0]
