@@ -1,0 +1,52 @@
+# On a bare machine with Python 3.11 or newer: `make serve`, `make test`, `make lint`.
+# Each makes .venv and installs what it needs once; a second call installs nothing.
+
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 8000
+MODEL ?= default
+DATA ?= data
+COLLECTIONS ?= collections
+
+BIN := .venv/bin
+
+.PHONY: serve test lint format model clean
+
+serve: .venv/.service
+	DINOSCOPE_HOST=$(HOST) DINOSCOPE_PORT=$(PORT) DINOSCOPE_MODEL=$(MODEL) \
+	DINOSCOPE_DATA_DIR=$(COLLECTIONS) exec $(BIN)/python -m service
+
+test: .venv/.dev
+	$(BIN)/python -m pytest
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The model in the repository, made anew: RECIPE=training/recipes/tiny_imagenet_gpu.toml on a GPU,
+# or tiny_imagenet_cpu.toml; DATA holds the tar files. See docs/model-card.md.
+RECIPE ?= training/recipes/tiny_imagenet_gpu.toml
+RUN ?= runs/$(basename $(notdir $(RECIPE)))
+model: .venv/.dev
+	$(BIN)/python -m training.make_default_model $(RECIPE) --data $(DATA) --run-dir $(RUN)
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -m venv .venv
+
+.venv/.service: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[service]'
+	touch $@
+
+.venv/.dev: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@ .venv/.service
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

@@ -1,0 +1,105 @@
+"""Makes the model in the repository: pretrain, export, measure, and put the file in its place.
+
+    python -m training.make_default_model RECIPE.toml --data FOLDER [--run-dir RUN_DIR]
+
+FOLDER holds tiny-imagenet-train-*.tar.gz and tiny-imagenet-val.tar.gz. A run that is in RUN_DIR
+goes on from its last snapshot, and one that has ended is only exported and measured. The k-NN
+top-1 of the model is measured beside raw pixels and the same network untrained, and is written
+into the file's header and beside the file as `.quality.json`.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from backbone.artifact import ArtifactError, read_artifact
+from backbone.preprocess import Preprocess
+from backbone.pretrained import DEFAULT_MODEL
+from training import snapshot
+from training.config import ConfigError, Recipe, load_recipe
+from training.data import DataError, Pictures, open_pictures
+from training.distributed import world
+from training.evaluation import knn
+from training.export import export
+from training.pretrain import pretrain
+
+SIDE = 64  # pixels; the side of the data set's pictures
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status: 2 for what cannot be made."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.make_default_model", description=__doc__
+    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the tar files")
+    parser.add_argument("--run-dir", type=Path, help="default: the recipe's")
+    parser.add_argument("--out", type=Path, default=DEFAULT_MODEL)
+    parser.add_argument("--k", type=int, default=20)
+    parser.add_argument("--no-train", action="store_true", help="export what RUN_DIR holds")
+    options = parser.parse_args(arguments)
+    try:
+        train = sorted(options.data.glob("tiny-imagenet-train-*.tar.gz"))
+        overrides = [f"data.train={json.dumps([str(path) for path in train])}", *options.overrides]
+        if options.run_dir is not None:
+            overrides.append(f"run_dir={json.dumps(str(options.run_dir))}")
+        recipe = load_recipe(options.recipe, overrides)
+        with world(recipe.device) as here:
+            if not options.no_train:
+                pretrain(recipe, here)
+            val = open_pictures([options.data / "tiny-imagenet-val.tar.gz"])
+            make(recipe, open_pictures(train), val, options.out, device=here.device, k=options.k)
+    except (ArtifactError, ConfigError, DataError, snapshot.SnapshotError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def make(
+    recipe: Recipe, bank: Pictures, val: Pictures, out: Path, *, device: torch.device, k: int
+) -> None:
+    """Exports the run's teacher in half precision, measures it, and writes the figures into it."""
+    sizes = {"resize": SIDE, "crop": SIDE}
+    run_dir = Path(recipe.run_dir)
+    export(run_dir, out, half=True, licence="Apache-2.0", sizes=sizes)
+    figures = measure(out, bank, val, device=device, k=k)
+    quality = {"knn": {str(k): figures["model"]}, "measured": figures}
+    export(run_dir, out, half=True, licence="Apache-2.0", sizes=sizes, quality=quality)
+    out.with_suffix(".quality.json").write_text(json.dumps(quality, indent=2) + "\n")
+    for name, figure in figures.items():
+        print(f"{name:>10}: k-NN top-1 {figure['top1']:.2f} %, top-5 {figure['top5']:.2f} %")
+
+
+def measure(
+    model: Path, bank: Pictures, val: Pictures, *, device: torch.device, k: int
+) -> dict[str, dict[str, float]]:
+    """k-NN of `val` against `bank` with the model, raw pixels, and the network untrained."""
+    artifact = read_artifact(model)
+    torch.manual_seed(0)
+    untrained = artifact.architecture.build().eval().to(device)
+
+    def embed_untrained(batch: Tensor) -> Tensor:
+        cls: Tensor = untrained(batch).cls
+        return cls
+
+    pixels = Preprocess(resize=SIDE, crop=SIDE)
+    methods = {
+        "model": (artifact.preprocess.centre_crop, knn.embedder(artifact, device)),
+        "pixels": (pixels.centre_crop, lambda batch: batch.flatten(1)),
+        "untrained": (artifact.preprocess.centre_crop, embed_untrained),
+    }
+    return {
+        name: knn.evaluate(bank, val, view, embed, ks=[k], device=device)[str(k)]
+        for name, (view, embed) in methods.items()
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
