@@ -80,7 +80,7 @@ class Preprocess:
         return cls(**{**value, "mean": tuple(value["mean"]), "std": tuple(value["std"])})
 
     def centre_crop(self, picture: Image.Image) -> Tensor:
-        """The evaluation's view, [C, crop, crop]: short side to `resize`, then the centre square."""
+        """The evaluation's view [C, crop, crop]: short side to `resize`, then the centre square."""
         width, height = picture.size
         scale = self.resize / min(width, height)
         # The long side is rounded down, as torchvision's Resize does it.

@@ -5,6 +5,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -269,12 +270,20 @@ def test_a_broken_picture_is_named_whatever_is_wrong_with_it(form: str) -> None:
             at = rng.integers(0, min(len(broken), 200), 3)
             for place in at:
                 broken[place] = rng.integers(256)
-        try:
-            decode(bytes(broken), "album/broken")
-        except DataError as error:
-            assert "'album/broken'" in str(error)
+        said = refusal(bytes(broken))
+        if said is not None:
+            assert "'album/broken'" in said
             refused += 1
     assert refused > 20
+
+
+def refusal(content: bytes) -> str | None:
+    """What `decode` says of broken bytes; None where it can read them nevertheless."""
+    try:
+        decode(content, "album/broken")
+    except DataError as error:
+        return str(error)
+    return None
 
 
 def test_a_broken_jpeg_is_named_by_the_dataset(tmp_path: Path) -> None:
@@ -308,7 +317,7 @@ def batches(count: int, batch_size: int, world: World, start: int, stop: int, se
 
 def test_each_epoch_is_a_permutation_of_its_own() -> None:
     run = batches(23, 5, one(), 0, 12)
-    epochs = [sum(run[4 * e : 4 * e + 4], []) for e in range(3)]
+    epochs = [list(chain(*run[4 * e : 4 * e + 4])) for e in range(3)]
     for e, epoch in enumerate(epochs):
         assert {number for number, _ in epoch} == {e}
         indices = [i for _, i in epoch]
@@ -322,7 +331,7 @@ def test_each_epoch_is_a_permutation_of_its_own() -> None:
 
 def test_all_pictures_are_seen_where_the_batch_divides() -> None:
     run = batches(12, 4, one(), 0, 3)
-    assert sorted(i for _, i in sum(run, [])) == list(range(12))
+    assert sorted(i for _, i in chain(*run)) == list(range(12))
 
 
 def test_two_ranks_see_what_one_sees() -> None:
