@@ -66,8 +66,10 @@ def write_artifact(artifact: Artifact, path: Path) -> str:
     """Writes the file as a whole or not at all; returns its fingerprint.
 
     Raises:
-        ArtifactError: the weights are not those of the architecture, or not finite.
+        ArtifactError: preprocessing or weights do not fit the architecture, or the weights are
+            not finite.
     """
+    _check_sizes(artifact.preprocess, artifact.architecture, path)
     _check_weights(artifact.weights, artifact.architecture, path)
     header = {
         "format_version": FORMAT_VERSION,
@@ -150,6 +152,11 @@ def _parts(header: dict[str, Any], path: Path) -> tuple[Architecture, Preprocess
         preprocess = Preprocess.from_json(header["preprocessing"])
     except (ValueError, TypeError) as error:
         raise ArtifactError(f"the header of {path}: {error}") from error
+    _check_sizes(preprocess, architecture, path)
+    return architecture, preprocess
+
+
+def _check_sizes(preprocess: Preprocess, architecture: Architecture, path: Path) -> None:
     if len(preprocess.mean) != architecture.in_channels:
         raise ArtifactError(
             f"the header of {path}: preprocessing has {len(preprocess.mean)} channels, "
@@ -160,7 +167,6 @@ def _parts(header: dict[str, Any], path: Path) -> tuple[Architecture, Preprocess
             f"the header of {path}: crop {preprocess.crop} is not a multiple of "
             f"patch_size {architecture.patch_size}"
         )
-    return architecture, preprocess
 
 
 def _check_weights(weights: Mapping[str, Tensor], architecture: Architecture, path: Path) -> None:

@@ -147,17 +147,18 @@ def _architecture_of(weights: Mapping[str, Tensor], path: Path) -> Architecture:
             f"{path} holds no ViT of the original's form (no patch_embed.proj.weight or "
             f"pos_embed); its first entries are {sorted(weights)[:3]}"
         ) from error
-    depth = 1 + max(
-        (int(name.split(".")[1]) for name in weights if name.startswith("blocks.")), default=-1
-    )
+    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     for name, shape in VITS.items():
         if (shape.embed_dim, shape.depth) == (embed_dim, depth):
-            return Architecture(
-                name=name,
-                patch_size=patch_size,
-                image_size=math.isqrt(tokens - 1) * patch_size,
-                in_channels=in_channels,
-            )
+            try:
+                return Architecture(
+                    name=name,
+                    patch_size=patch_size,
+                    image_size=math.isqrt(max(0, tokens - 1)) * patch_size,
+                    in_channels=in_channels,
+                )
+            except ValueError as error:
+                raise ArtifactError(f"the weights in {path} do not fit: {error}") from error
     known = ", ".join(f"{n} ({s.embed_dim} x {s.depth})" for n, s in VITS.items())
     raise ArtifactError(
         f"{path} holds a ViT of width {embed_dim} and depth {depth}; known are {known}"

@@ -275,6 +275,11 @@ def one_thread(_: int) -> None:
     torch.set_num_threads(1)
 
 
+def one_line(error: Exception) -> str:
+    """What `error` says, without the traceback that a loader wraps a worker's `DataError` in."""
+    return str(error).strip().rpartition(f"{DataError.__name__}: ")[2]
+
+
 def _is_picture(name: str) -> bool:
     path = PurePosixPath(name)
     return path.suffix.lower() in PICTURE_SUFFIXES and not any(

@@ -20,8 +20,10 @@ from tests.training.conftest import (
     write_pictures,
 )
 from training import snapshot
+from training.config import load_recipe
+from training.distributed import World
 from training.monitors import COLUMNS
-from training.pretrain import main
+from training.pretrain import main, make_training, resume
 
 STEPS = 12  # 12 pictures in batches of 4, 4 epochs
 
@@ -150,15 +152,14 @@ def test_a_finished_run_is_left_as_it_is(run: Run, capsys: pytest.CaptureFixture
     assert main(run.arguments(run.run_dir)) == 0
     assert f"steps {STEPS} to {STEPS}" in capsys.readouterr().err
     assert contents() == before
-    torch.testing.assert_close(final_state(run.run_dir), state, rtol=0, atol=0)
+    for part in ("teacher", "student", "loss"):
+        torch.testing.assert_close(final_state(run.run_dir)[part], state[part], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
     ("override", "words"),
     [
         ("seed=4", ["seed was 3 and is 4"]),
-        ("epochs=5", ["epochs was 4 and is 5"]),
-        ("optimizer.lr=0.5", ["optimizer.lr was 0.02 and is 0.5"]),
         ("crops.local_scale=[0.1, 0.2]", ["crops.local_scale was"]),
     ],
 )
@@ -173,8 +174,8 @@ def test_another_recipe_is_refused_in_the_same_folder(
     assert (run.run_dir / "recipe.json").read_text() == before
 
 
-def test_another_number_of_pictures_or_processes_is_refused(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_another_number_of_pictures_is_refused(
+    run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     extra = run.pictures / "extra.png"
     shutil.copy(run.pictures / "000.png", extra)
@@ -182,9 +183,16 @@ def test_another_number_of_pictures_or_processes_is_refused(
         assert main(run.arguments(run.run_dir)) == 2
     finally:
         extra.unlink()
-    said = error_line(capsys)
-    assert "12" in said
-    assert "13" in said
+    assert "pictures was 12 and is 13" in error_line(capsys)
+
+
+def test_another_number_of_processes_is_refused(run: Run) -> None:
+    recipe = load_recipe(run.recipe, run.arguments(run.run_dir)[1:])
+    one, two = (World(0, size, torch.device("cpu")) for size in (1, 2))
+    with pytest.raises(snapshot.SnapshotError, match="processes was 1 and is 2"):
+        resume(
+            run.run_dir, recipe, {"pictures": 12, "processes": 2}, make_training(recipe, one), two
+        )
 
 
 def error_line(capsys: pytest.CaptureFixture[str]) -> str:
