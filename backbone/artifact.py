@@ -70,7 +70,7 @@ def write_artifact(artifact: Artifact, path: Path) -> str:
             not finite.
     """
     _check_sizes(artifact.preprocess, artifact.architecture, path)
-    _check_weights(artifact.weights, artifact.architecture, path)
+    check_weights(artifact.weights, artifact.architecture, path)
     header = {
         "format_version": FORMAT_VERSION,
         "architecture": asdict(artifact.architecture),
@@ -105,7 +105,7 @@ def read_artifact(path: Path) -> Artifact:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path} is not a readable safetensors file: {error}") from error
-    _check_weights(weights, architecture, path)
+    check_weights(weights, architecture, path)
     return Artifact(
         architecture=architecture,
         preprocess=preprocess,
@@ -169,7 +169,12 @@ def _check_sizes(preprocess: Preprocess, architecture: Architecture, path: Path)
         )
 
 
-def _check_weights(weights: Mapping[str, Tensor], architecture: Architecture, path: Path) -> None:
+def check_weights(weights: Mapping[str, Tensor], architecture: Architecture, path: Path) -> None:
+    """Checks names, shapes, types and finiteness of the weights that `path` holds or will hold.
+
+    Raises:
+        ArtifactError: they are not those of the architecture, or not finite.
+    """
     with torch.device("meta"):
         expected = architecture.build().state_dict()
     missing, unknown = (

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from backbone.architectures import VITS, Architecture
-from backbone.artifact import Artifact, ArtifactError, read_artifact
+from backbone.artifact import Artifact, ArtifactError, check_weights, read_artifact
 from backbone.preprocess import Preprocess
 
 DEFAULT_MODEL = Path(__file__).parent / "models" / "default.safetensors"
@@ -104,9 +104,10 @@ def read_checkpoint(
         ) from error
     weights = _backbone_weights(content, path, key=key)
     architecture = _architecture_of(weights, path)
+    check_weights(weights, architecture, path)
     with path.open("rb") as file:
         fingerprint = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    artifact = Artifact(
+    return Artifact(
         architecture=architecture,
         preprocess=Preprocess.in_proportion(
             architecture.image_size, patch_size=architecture.patch_size
@@ -115,11 +116,6 @@ def read_checkpoint(
         provenance={"source": path.name, **provenance},
         fingerprint=fingerprint,
     )
-    try:
-        artifact.network()
-    except RuntimeError as error:
-        raise ArtifactError(f"the weights in {path} do not fit: {error}") from error
-    return artifact
 
 
 def _backbone_weights(content: object, path: Path, *, key: str) -> dict[str, Tensor]:
@@ -174,8 +170,9 @@ def _download(name: str, download: Download) -> Path:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         torch.hub.download_url_to_file(download.url, str(partial), progress=True)
+        read_checkpoint(partial)  # what was cut short must not be kept
         partial.replace(path)
-    except OSError as error:
+    except (OSError, ArtifactError) as error:
         partial.unlink(missing_ok=True)
         raise ArtifactError(
             f"model {name!r} could not be downloaded from {download.url}: {error}; "
