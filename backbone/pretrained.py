@@ -98,9 +98,10 @@ def read_checkpoint(
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # torch.load documents no exception types; whatever it says, the file is not usable.
+        # torch.load documents no exception types, and its message tells how to switch safety off.
         raise ArtifactError(
-            f"{path} is not a checkpoint that can be read safely: {error}"
+            f"{path} cannot be read safely: it is damaged, no checkpoint, or holds more than "
+            "tensors and plain values"
         ) from error
     weights = _backbone_weights(content, path, key=key)
     architecture = _architecture_of(weights, path)

@@ -226,7 +226,7 @@ def test_weights_that_do_not_fit(artifact: Artifact, tmp_path: Path, defect: str
     assert all(word in said for word in words), said
 
     path.unlink()
-    with pytest.raises(ArtifactError, match="m.safetensors"):
+    with pytest.raises(ArtifactError, match=r"m\.safetensors"):
         write_artifact(replace(artifact, weights=weights), path)
     assert not list(tmp_path.iterdir())
 

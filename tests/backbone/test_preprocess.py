@@ -99,7 +99,8 @@ def test_the_squashed_picture() -> None:
 
 def test_to_tensor_normalises() -> None:
     ours = SMALL.to_tensor(Image.new("RGB", (2, 1), (255, 0, 51)))
-    expected = [(value - m) / s for value, m, s in zip((1, 0, 0.2), IMAGENET_MEAN, IMAGENET_STD)]
+    colour = zip((1.0, 0.0, 0.2), IMAGENET_MEAN, IMAGENET_STD, strict=True)
+    expected = [(value - m) / s for value, m, s in colour]
     assert ours.shape == (3, 1, 2)
     assert ours[:, 0, 0].tolist() == pytest.approx(expected, rel=1e-5)
 

@@ -6,6 +6,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import pytest
 import torch
@@ -109,7 +110,7 @@ def test_content_that_is_no_network(tmp_path: Path, content: object) -> None:
 def test_files_that_are_no_checkpoint(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "checkpoint.pth"
     path.write_bytes(content)
-    assert "cannot be read safely" in refusal(path) or "cannot be read" in refusal(path)
+    assert "cannot be read safely" in refusal(path)
 
 
 def test_a_checkpoint_cut_short(weights: dict[str, Tensor], tmp_path: Path) -> None:
@@ -157,7 +158,9 @@ def test_nothing_in_a_checkpoint_is_run(
     path = tmp_path / "checkpoint.pth"
     content = {**weights, "extra": Malice(f"touch {trace}")}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    assert "cannot be read safely" in refusal(path)
+    said = refusal(path)
+    assert "cannot be read safely" in said
+    assert "weights_only" not in said  # no advice on how to run it nevertheless
     assert not trace.exists()
     torch.load(path, weights_only=False)  # the trap is a real one
     assert trace.exists()
@@ -258,7 +261,9 @@ def test_a_known_name_is_downloaded_once(
 def failed_download(url: str, cache: Path) -> str:
     with pytest.raises(ArtifactError) as caught:
         load_model("dino_vits16")
-    said = str(caught.value)
+    said, cause = str(caught.value), caught.value.__cause__
+    if isinstance(cause, HTTPError):
+        cause.close()  # or its socket is reported as leaked
     assert url in said
     assert str(cache / "small.pth") in said  # where to put the file by hand
     assert not list(cache.iterdir())
