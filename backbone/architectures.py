@@ -7,6 +7,8 @@ from types import MappingProxyType
 
 from backbone.vit import VisionTransformer
 
+_MOST = 65536  # pixels or channels; a damaged header must not ask for a giant
+
 
 @dataclass(frozen=True, kw_only=True)
 class VitShape:
@@ -55,8 +57,9 @@ class Architecture:
             )
         for field in ("patch_size", "image_size", "in_channels"):
             value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{field} is {value!r}, not a positive whole number")
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not whole or not 1 <= value <= _MOST:
+                raise ValueError(f"{field} is {value!r}, not a whole number from 1 to {_MOST}")
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"

@@ -66,9 +66,11 @@ def write_artifact(artifact: Artifact, path: Path) -> str:
     """Writes the file as a whole or not at all; returns its fingerprint.
 
     Raises:
-        ArtifactError: the weights are not those of the architecture, or not finite.
+        ArtifactError: preprocessing or weights do not fit the architecture, or the weights are
+            not finite.
     """
-    _check_weights(artifact.weights, artifact.architecture, path)
+    _check_sizes(artifact.preprocess, artifact.architecture, path)
+    check_weights(artifact.weights, artifact.architecture, path)
     header = {
         "format_version": FORMAT_VERSION,
         "architecture": asdict(artifact.architecture),
@@ -103,7 +105,7 @@ def read_artifact(path: Path) -> Artifact:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path} is not a readable safetensors file: {error}") from error
-    _check_weights(weights, architecture, path)
+    check_weights(weights, architecture, path)
     return Artifact(
         architecture=architecture,
         preprocess=preprocess,
@@ -150,6 +152,11 @@ def _parts(header: dict[str, Any], path: Path) -> tuple[Architecture, Preprocess
         preprocess = Preprocess.from_json(header["preprocessing"])
     except (ValueError, TypeError) as error:
         raise ArtifactError(f"the header of {path}: {error}") from error
+    _check_sizes(preprocess, architecture, path)
+    return architecture, preprocess
+
+
+def _check_sizes(preprocess: Preprocess, architecture: Architecture, path: Path) -> None:
     if len(preprocess.mean) != architecture.in_channels:
         raise ArtifactError(
             f"the header of {path}: preprocessing has {len(preprocess.mean)} channels, "
@@ -160,10 +167,14 @@ def _parts(header: dict[str, Any], path: Path) -> tuple[Architecture, Preprocess
             f"the header of {path}: crop {preprocess.crop} is not a multiple of "
             f"patch_size {architecture.patch_size}"
         )
-    return architecture, preprocess
 
 
-def _check_weights(weights: Mapping[str, Tensor], architecture: Architecture, path: Path) -> None:
+def check_weights(weights: Mapping[str, Tensor], architecture: Architecture, path: Path) -> None:
+    """Checks names, shapes, types and finiteness of the weights that `path` holds or will hold.
+
+    Raises:
+        ArtifactError: they are not those of the architecture, or not finite.
+    """
     with torch.device("meta"):
         expected = architecture.build().state_dict()
     missing, unknown = (

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from backbone.architectures import VITS, Architecture
-from backbone.artifact import Artifact, ArtifactError, read_artifact
+from backbone.artifact import Artifact, ArtifactError, check_weights, read_artifact
 from backbone.preprocess import Preprocess
 
 DEFAULT_MODEL = Path(__file__).parent / "models" / "default.safetensors"
@@ -98,15 +98,17 @@ def read_checkpoint(
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # torch.load documents no exception types; whatever it says, the file is not usable.
+        # torch.load documents no exception types, and its message tells how to switch safety off.
         raise ArtifactError(
-            f"{path} is not a checkpoint that can be read safely: {error}"
+            f"{path} cannot be read safely: it is damaged, no checkpoint, or holds more than "
+            "tensors and plain values"
         ) from error
     weights = _backbone_weights(content, path, key=key)
     architecture = _architecture_of(weights, path)
+    check_weights(weights, architecture, path)
     with path.open("rb") as file:
         fingerprint = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    artifact = Artifact(
+    return Artifact(
         architecture=architecture,
         preprocess=Preprocess.in_proportion(
             architecture.image_size, patch_size=architecture.patch_size
@@ -115,11 +117,6 @@ def read_checkpoint(
         provenance={"source": path.name, **provenance},
         fingerprint=fingerprint,
     )
-    try:
-        artifact.network()
-    except RuntimeError as error:
-        raise ArtifactError(f"the weights in {path} do not fit: {error}") from error
-    return artifact
 
 
 def _backbone_weights(content: object, path: Path, *, key: str) -> dict[str, Tensor]:
@@ -147,17 +144,18 @@ def _architecture_of(weights: Mapping[str, Tensor], path: Path) -> Architecture:
             f"{path} holds no ViT of the original's form (no patch_embed.proj.weight or "
             f"pos_embed); its first entries are {sorted(weights)[:3]}"
         ) from error
-    depth = 1 + max(
-        (int(name.split(".")[1]) for name in weights if name.startswith("blocks.")), default=-1
-    )
+    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     for name, shape in VITS.items():
         if (shape.embed_dim, shape.depth) == (embed_dim, depth):
-            return Architecture(
-                name=name,
-                patch_size=patch_size,
-                image_size=math.isqrt(tokens - 1) * patch_size,
-                in_channels=in_channels,
-            )
+            try:
+                return Architecture(
+                    name=name,
+                    patch_size=patch_size,
+                    image_size=math.isqrt(max(0, tokens - 1)) * patch_size,
+                    in_channels=in_channels,
+                )
+            except ValueError as error:
+                raise ArtifactError(f"the weights in {path} do not fit: {error}") from error
     known = ", ".join(f"{n} ({s.embed_dim} x {s.depth})" for n, s in VITS.items())
     raise ArtifactError(
         f"{path} holds a ViT of width {embed_dim} and depth {depth}; known are {known}"
@@ -173,8 +171,9 @@ def _download(name: str, download: Download) -> Path:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         torch.hub.download_url_to_file(download.url, str(partial), progress=True)
+        read_checkpoint(partial)  # what was cut short must not be kept
         partial.replace(path)
-    except OSError as error:
+    except (OSError, ArtifactError) as error:
         partial.unlink(missing_ok=True)
         raise ArtifactError(
             f"model {name!r} could not be downloaded from {download.url}: {error}; "

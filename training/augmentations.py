@@ -73,7 +73,7 @@ def random_box(
 
 
 def normalise(crops: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """8-bit crops [..., C, H, W] -> float32; `mean` and `std` [C, 1, 1] are on a scale of 1."""
+    """8-bit crops [..., C, H, W] -> float32; `mean` and `std` [C, 1, 1] on a scale of 0 to 1."""
     return crops.to(torch.float32).div_(255.0).sub_(mean).div_(std)
 
 

@@ -6,6 +6,7 @@ known one; a value that cannot be is an error that names the field, the value an
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -109,6 +110,8 @@ class Loss:
         for name in ("student_temperature", "teacher_temperature", "warmup_teacher_temperature"):
             value = getattr(self, name)
             _require(value > 0.0, f"loss.{name}", value, "must be above 0")
+        epochs = self.warmup_teacher_epochs
+        _require(epochs >= 0, "loss.warmup_teacher_epochs", epochs, "must be 0 or more")
         value = self.center_momentum
         _require(0.0 <= value <= 1.0, "loss.center_momentum", value, "must be from 0 to 1")
 
@@ -190,13 +193,16 @@ class Recipe:
         for name, known in (("device", ("auto", "cpu", "cuda")), ("precision", _PRECISIONS)):
             value = getattr(self, name)
             _require(value in known, name, value, f"must be one of {', '.join(known)}")
+        rule = "must be from 0 to 2**32 - 1"
+        _require(0 <= self.seed < 2**32, "seed", self.seed, rule)
         try:
             architecture = self.architecture
         except ValueError as error:
             raise ConfigError(f"model and crops.global_size: {error}") from error
         local = self.crops.local_size
         rule = f"must be a multiple of model.patch_size = {architecture.patch_size}"
-        _require(local % architecture.patch_size == 0, "crops.local_size", local, rule)
+        divides = local >= 1 and local % architecture.patch_size == 0
+        _require(divides, "crops.local_size", local, rule)
         warmup = self.optimizer.warmup_epochs
         rule = f"must be fewer than epochs = {self.epochs}"
         _require(warmup < self.epochs, "optimizer.warmup_epochs", warmup, rule)
@@ -224,10 +230,12 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         ConfigError: a file that is missing or not TOML, an unknown key, an impossible value.
     """
     try:
-        table = tomllib.loads(path.read_text())
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"recipe {str(path)!r} does not exist") from error
-    except tomllib.TOMLDecodeError as error:
+    except OSError as error:
+        raise ConfigError(f"recipe {str(path)!r} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe {str(path)!r} is not TOML: {error}") from error
     for override in overrides:
         _override(table, override)
@@ -291,17 +299,20 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             _require(len(items) == 2, name, value, "must have two numbers")
         return tuple(_convert(item, inner[0], name) for item in items)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value)
     right = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
     words = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
     _require(right, name, value, f"must be {words.get(hint, hint)}")
+    if hint is float:
+        _require(math.isfinite(value), name, value, "must be finite")
     return value
 
 
 def _nearest(name: str) -> str:
     known = sorted(_keys(Recipe, ""))
     leaf = name.rpartition(".")[2]
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    tables = {key.partition(".")[0] for key in known if "." in key}
+    close = difflib.get_close_matches(name, [*known, *sorted(tables)], n=1, cutoff=0.5)
     close = close or [key for key in known if key.rpartition(".")[2] == leaf]
     close = close or [
         key

@@ -9,13 +9,14 @@ import random
 import shutil
 import tarfile
 import tempfile
+import warnings
 import weakref
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -77,14 +78,16 @@ class TarPictures:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        decompress = _decompressor(path)
+        self._path = path if decompress is None else self._unpack(path, decompress)
         try:
-            with tarfile.open(path, "r:") as tar:
-                members = _members(tar)
-        except tarfile.ReadError:
-            self._path = self._unpack(path)
             with tarfile.open(self._path, "r:") as tar:
                 members = _members(tar)
+        except tarfile.ReadError as error:
+            raise DataError(
+                f"{str(path)!r} is neither a folder nor a whole tar file "
+                f"(plain, gzip, bzip2 or xz): {error}"
+            ) from error
         self.names: Sequence[str] = [name for name, _, _ in members]
         self._places = [(offset, size) for _, offset, size in members]
         self._file: tuple[int, int] | None = None
@@ -98,17 +101,16 @@ class TarPictures:
             weakref.finalize(self, _close, *self._file)
         return os.pread(self._file[1], size, offset)
 
-    def _unpack(self, path: Path) -> Path:
-        with _open_compressed(path) as source:
-            folder = tempfile.mkdtemp(prefix="dinoscope-tar-")
-            weakref.finalize(self, _remove, os.getpid(), folder)
-            unpacked = Path(folder) / "pictures.tar"
-            try:
-                with unpacked.open("wb") as target:
-                    shutil.copyfileobj(source, target, 1 << 20)
-                tarfile.open(unpacked, "r:").close()
-            except (EOFError, zlib.error, lzma.LZMAError, tarfile.ReadError) as error:
-                raise DataError(f"{str(path)!r} is damaged or no tar file: {error}") from error
+    def _unpack(self, path: Path, decompress: Callable[[Path], BinaryIO]) -> Path:
+        folder = tempfile.mkdtemp(prefix="dinoscope-tar-")
+        weakref.finalize(self, _remove, os.getpid(), folder)
+        unpacked = Path(folder) / "pictures.tar"
+        try:
+            with decompress(path) as source, unpacked.open("wb") as target:
+                shutil.copyfileobj(source, target, 1 << 20)
+        except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+            # bz2 tells damage by a bare OSError, which is a full disk's too.
+            raise DataError(f"{str(path)!r} cannot be unpacked into {folder}: {error}") from error
         return unpacked
 
 
@@ -158,14 +160,21 @@ def class_labels(pictures: Pictures, *, where: str) -> list[str]:
 
 
 def decode(content: bytes, name: str) -> Image.Image:
-    """Encoded picture -> RGB.
+    """Encoded picture -> RGB; 16-bit values are scaled, transparency is dropped.
 
     Raises:
         DataError: content that is no picture, or a broken one; names the picture.
     """
     try:
-        with Image.open(io.BytesIO(content), formats=_FORMATS) as picture:
-            return picture.convert("RGB")
+        with warnings.catch_warnings():
+            # Odd metadata and palettes: a line for each picture and epoch would bury the log.
+            warnings.filterwarnings("ignore", module="PIL")
+            with Image.open(io.BytesIO(content), formats=_FORMATS) as picture:
+                if picture.mode.startswith("I;16"):  # which convert() would clip at 255
+                    return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert(
+                        "RGB"
+                    )
+                return picture.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"picture {name!r} cannot be read: {error}") from error
 
@@ -266,6 +275,11 @@ def one_thread(_: int) -> None:
     torch.set_num_threads(1)
 
 
+def one_line(error: Exception) -> str:
+    """What `error` says, without the traceback that a loader wraps a worker's `DataError` in."""
+    return str(error).strip().rpartition(f"{DataError.__name__}: ")[2]
+
+
 def _is_picture(name: str) -> bool:
     path = PurePosixPath(name)
     return path.suffix.lower() in PICTURE_SUFFIXES and not any(
@@ -281,16 +295,11 @@ def _members(tar: tarfile.TarFile) -> list[tuple[str, int, int]]:
     ]
 
 
-def _open_compressed(path: Path) -> io.BufferedIOBase:
+def _decompressor(path: Path) -> Callable[[Path], BinaryIO] | None:
     with path.open("rb") as file:
         magic = file.read(6)
-    if magic.startswith(b"\x1f\x8b"):
-        return gzip.open(path)
-    if magic.startswith(b"BZh"):
-        return bz2.open(path)
-    if magic.startswith(b"\xfd7zXZ\x00"):
-        return lzma.open(path)
-    raise DataError(f"{str(path)!r} is neither a folder nor a tar file (plain, gzip, bzip2 or xz)")
+    openers: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+    return next((opener for start, opener in openers.items() if magic.startswith(start)), None)
 
 
 def _close(pid: int, descriptor: int) -> None:

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from training.config import ConfigError
+
 
 @dataclass(frozen=True)
 class World:
@@ -24,28 +26,37 @@ class World:
         return self.rank == 0
 
 
+def choose_device(device: str) -> torch.device:
+    """The device that "cpu", "cuda" or "auto" (CUDA where there is one) names.
+
+    Raises:
+        ConfigError: CUDA was asked for and is not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device = 'cuda': torch finds no CUDA device here; use 'cpu'")
+    return torch.device(device)
+
+
 @contextmanager
 def world(device: str) -> Iterator[World]:
     """Joins the processes that torchrun started (NCCL on CUDA, else gloo), and leaves at the end.
 
     Args:
-        device: "cpu", "cuda", or "auto" for CUDA where there is one.
+        device: see `choose_device`.
 
     Raises:
-        ValueError: CUDA was asked for and is not there.
+        ConfigError: CUDA was asked for and is not there.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is 'cuda', but torch finds no CUDA device here; use 'cpu'")
-    place = torch.device("cpu")
-    if device == "cuda":
+    place = choose_device(device)
+    if place.type == "cuda":
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(place)
     if "RANK" not in os.environ:
         yield World(0, 1, place)
         return
-    if device == "cuda":
+    if place.type == "cuda":
         dist.init_process_group("nccl", device_id=place)  # named, or NCCL guesses it and warns
     else:
         dist.init_process_group("gloo")

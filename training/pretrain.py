@@ -9,7 +9,7 @@ Run the same command again to go on from the last snapshot in `run_dir`.
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with world(recipe.device) as here:
             pretrain(recipe, here)
     except (ConfigError, data.DataError, snapshot.SnapshotError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {data.one_line(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -64,7 +64,8 @@ def pretrain(recipe: Recipe, here: World) -> None:
 
     torch.manual_seed(recipe.seed)  # the same weights on every rank
     training = make_training(recipe, here)
-    start = resume(run_dir, recipe, training, here)
+    scale = {"pictures": len(pictures.names), "processes": here.size}
+    start = resume(run_dir, recipe, scale, training, here)
     torch.manual_seed(recipe.seed * 1_000_003 + start * here.size + here.rank)  # drop paths
 
     sampler = data.RunSampler(
@@ -108,7 +109,7 @@ def pretrain(recipe: Recipe, here: World) -> None:
             figures = {**terms._asdict(), "gradient_norm": gradient_norm}
             monitor.step(step, step // steps_per_epoch, figures, rates.logged())
             if (step + 1) % recipe.snapshot_steps == 0 or step + 1 == stop:
-                save(run_dir, step + 1, recipe, training, here)
+                save(run_dir, step + 1, recipe, scale, training, here)
 
 
 @dataclass(frozen=True)
@@ -232,12 +233,20 @@ def train_step(
     return terms, gradient_norm
 
 
-def save(run_dir: Path, step: int, recipe: Recipe, training: Training, here: World) -> None:
+def save(
+    run_dir: Path,
+    step: int,
+    recipe: Recipe,
+    scale: Mapping[str, int],
+    training: Training,
+    here: World,
+) -> None:
     """Writes the snapshot after `step` steps; every rank waits until it is on disk."""
     if here.is_main:
         state = {
             "step": step,
             "recipe": recipe_to_dict(recipe),
+            "scale": dict(scale),
             "student": training.student.state_dict(),
             "teacher": training.teacher.state_dict(),
             "loss": training.loss.state_dict(),
@@ -247,17 +256,23 @@ def save(run_dir: Path, step: int, recipe: Recipe, training: Training, here: Wor
     barrier()
 
 
-def resume(run_dir: Path, recipe: Recipe, training: Training, here: World) -> int:
+def resume(
+    run_dir: Path, recipe: Recipe, scale: Mapping[str, int], training: Training, here: World
+) -> int:
     """Restores the newest snapshot into `training`; returns the steps done, 0 for a new run.
 
+    Args:
+        scale: the numbers of pictures and processes, on which order and schedules depend.
+
     Raises:
-        SnapshotError: it was made by another recipe.
+        SnapshotError: it was made by another recipe, or at another scale.
     """
     found = snapshot.latest(run_dir)
     if found is None:
         return 0
     state = snapshot.load(found[1], here.device)
-    if changed := _changed(state["recipe"], recipe_to_dict(recipe)):
+    old = {**state["recipe"], **state.get("scale", scale)}
+    if changed := _changed(old, {**recipe_to_dict(recipe), **scale}):
         raise snapshot.SnapshotError(
             f"{run_dir} holds a run of another recipe: {'; '.join(changed)}; "
             "take the old values, or another run_dir"

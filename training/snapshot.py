@@ -53,9 +53,9 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     except FileNotFoundError:
         raise
     except Exception as error:
-        # torch.load documents no exception types; whatever it says, the file is not usable.
+        # torch.load documents no exception types, and its message tells how to switch safety off.
         raise SnapshotError(
-            f"snapshot {str(path)!r} is damaged ({error}); remove it to go on from the one before"
+            f"snapshot {str(path)!r} is damaged; remove it to go on from the one before"
         ) from error
     if not isinstance(state, dict) or "student" not in state or "step" not in state:
         raise SnapshotError(f"{str(path)!r} is not a snapshot of this program")

@@ -5,7 +5,8 @@ import sys
 from collections.abc import Sequence
 
 from backbone.artifact import ArtifactError
-from training.data import DataError
+from training.config import ConfigError
+from training.data import DataError, one_line
 from training.evaluation import knn
 
 
@@ -17,8 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         options.run(options)
-    except (ArtifactError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ArtifactError, ConfigError, DataError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from backbone.artifact import Artifact
 from backbone.pretrained import load_model
 from training.data import DataError, Pictures, class_labels, open_pictures
+from training.distributed import choose_device
 from training.evaluation.features import class_indices, extract
 
 TEMPERATURE = 0.07
@@ -122,8 +123,7 @@ def add_command(names: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda" if cuda else "cpu")
+    device = choose_device(options.device)
     model = load_model(options.model)
     train, val = open_pictures(options.train), open_pictures(options.val)
     too_many = [k for k in options.k if not 1 <= k <= len(train.names)]

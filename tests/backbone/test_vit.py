@@ -1,0 +1,138 @@
+from typing import Any
+
+import pytest
+import torch
+
+from backbone.architectures import VITS, Architecture
+from backbone.vit import VisionTransformer
+
+
+def network(**changes: Any) -> VisionTransformer:
+    torch.manual_seed(0)
+    sizes = {"image_size": 32, "patch_size": 8, "embed_dim": 12, "depth": 3, "num_heads": 3}
+    return VisionTransformer(**{**sizes, **changes}).eval()
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ((3, 32, 32), r"\[3, 32, 32\].*\[batch, 3, height, width\]"),
+        ((1, 1, 32, 32), r"\[1, 1, 32, 32\].*\[batch, 3, height, width\]"),
+        ((1, 3, 33, 32), "33 x 32 pixels .* patches of 8"),
+        ((1, 3, 32, 4), "32 x 4 pixels"),
+        ((1, 3, 0, 8), "0 x 8 pixels"),
+    ],
+)
+def test_pictures_of_a_wrong_shape(shape: tuple[int, ...], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        network()(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("last_blocks", [0, 4, -1])
+def test_blocks_that_are_not_there(last_blocks: int) -> None:
+    with pytest.raises(ValueError, match=f"last_blocks is {last_blocks}, not 1 to 3"):
+        network()(torch.zeros(1, 3, 8, 8), last_blocks=last_blocks)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"patch_size": 5}, "image_size 32 is not a multiple of patch_size 5"),
+        ({"num_heads": 5}, "embed_dim 12 is not a multiple of num_heads 5"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate 1.0"),
+        ({"drop_path_rate": -0.1}, "drop_path_rate -0.1"),
+    ],
+)
+def test_networks_that_cannot_be(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        network(**changes)
+
+
+@pytest.mark.parametrize("patch", [8, 14, 16])
+@pytest.mark.parametrize("grid", [(4, 4), (2, 7), (5, 1), (11, 13)])
+def test_any_grid_of_patches(patch: int, grid: tuple[int, int]) -> None:
+    vit = network(patch_size=patch, image_size=4 * patch)
+    h, w = grid
+    out = vit(torch.randn(2, 3, h * patch, w * patch), last_blocks=2, attention="full")
+    assert out.grid == grid
+    assert out.cls.shape == (2, 12)
+    assert out.patches.shape == (2, h * w, 12)
+    assert [tokens.shape for tokens in out.blocks] == [(2, 1 + h * w, 12)] * 2
+    assert out.attention is not None
+    assert out.attention.shape == (2, 3, 1 + h * w, 1 + h * w)
+    assert torch.equal(out.blocks[-1][:, 0], out.cls)
+    assert torch.equal(out.blocks[-1][:, 1:], out.patches)
+
+
+@pytest.mark.parametrize("side", range(1, 40))
+def test_positions_have_the_grids_size_whatever_it_is(side: int) -> None:
+    vit = network(image_size=8 * 7)
+    assert vit.positions(side, 2 * side).shape == (1, 1 + 2 * side * side, 12)
+
+
+def test_patches_run_row_by_row() -> None:
+    vit = network(depth=1)
+    pictures = torch.zeros(1, 3, 16, 24)
+    marked = pictures.clone()
+    marked[..., 8:16, 16:24] = 3.0  # second row, third column
+    changed = (vit(marked).patches - vit(pictures).patches).norm(dim=-1)[0]
+    assert changed.argmax() == 1 * 3 + 2
+
+
+def test_attention_sums_to_one_and_its_row_is_of_the_whole() -> None:
+    vit, pictures = network(), torch.randn(2, 3, 16, 40)
+    cls = vit(pictures, attention="cls").attention
+    full = vit(pictures, attention="full").attention
+    assert cls is not None
+    assert full is not None
+    assert cls.shape == (2, 3, 11)
+    torch.testing.assert_close(cls.sum(-1), torch.ones(2, 3))
+    torch.testing.assert_close(full.sum(-1), torch.ones(2, 3, 11))
+    torch.testing.assert_close(cls, full[:, :, 0])
+    assert vit(pictures).attention is None
+
+
+def test_pictures_of_a_batch_do_not_meet() -> None:
+    vit, pictures = network(), torch.randn(3, 3, 16, 16)
+    together = vit(pictures).cls
+    alone = torch.cat([vit(one[None]).cls for one in pictures])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_drop_path_acts_in_training_alone() -> None:
+    vit, pictures = network(drop_path_rate=0.5), torch.randn(16, 3, 16, 16)
+    plain = network()
+    plain.load_state_dict(vit.state_dict())
+    assert torch.equal(vit(pictures).cls, plain(pictures).cls)
+    assert torch.equal(plain.train()(pictures).cls, plain.eval()(pictures).cls)
+    vit.train()
+    assert not torch.equal(vit(pictures).cls, vit(pictures).cls)
+
+
+def test_drop_path_rises_linearly() -> None:
+    vit = network(drop_path_rate=0.4, depth=5)
+    rates = [block.drop_path.rate for block in vit.blocks]
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+    assert [block.drop_path.rate for block in network(drop_path_rate=0.4, depth=1).blocks] == [0.0]
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_mean() -> None:
+    drop = network(drop_path_rate=0.25).blocks[-1].drop_path.train()
+    torch.manual_seed(0)
+    out = drop(torch.ones(4000, 2, 3))
+    values = out.flatten(1)
+    assert bool((values == values[:, :1]).all())
+    assert values.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+    assert out.mean().item() == pytest.approx(1.0, abs=0.04)
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_every_architecture_can_be_described_without_memory(name: str) -> None:
+    described = Architecture(name=name)
+    with torch.device("meta"):
+        built = described.build()
+    assert built.embed_dim == described.embed_dim
+    assert built.num_heads == described.num_heads
+    parameters = sum(p.numel() for p in built.parameters()) / 1e6
+    papers = {"vit_tiny": 5.5, "vit_small": 21.7, "vit_base": 85.8, "vit_large": 303.3}
+    assert parameters == pytest.approx(papers[name], abs=0.1)
