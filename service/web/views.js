@@ -1,0 +1,136 @@
+// What stands on the page: small pieces of the document that know nothing of the service.
+// Text is always set as text, never as markup.
+
+export function element(tag, { text, ...properties } = {}, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  if (text !== undefined) made.textContent = text;
+  made.append(...children);
+  return made;
+}
+
+/** A box for an error, with a button to try again where that makes sense. */
+export class ErrorBox {
+  #box;
+
+  constructor(box) {
+    this.#box = box;
+  }
+
+  show(message, retry) {
+    const parts = [element("span", { text: message })];
+    if (retry) {
+      const button = element("button", { type: "button", text: "Try again" });
+      button.addEventListener("click", retry);
+      parts.push(button);
+    }
+    this.#box.replaceChildren(...parts);
+    this.#box.hidden = false;
+  }
+
+  clear() {
+    this.#box.hidden = true;
+    this.#box.replaceChildren();
+  }
+}
+
+/** An <img> that owns the object URL it shows, and gives it back when it shows another. */
+export class BlobImage {
+  #image;
+  #url = null;
+
+  constructor(image) {
+    this.#image = image;
+  }
+
+  /** Shows the picture; false where the browser cannot draw its format. */
+  async show(blob, alt) {
+    const url = URL.createObjectURL(blob);
+    const before = this.#url;
+    this.#url = url;
+    this.#image.alt = alt;
+    this.#image.src = url;
+    if (before) URL.revokeObjectURL(before);
+    try {
+      await this.#image.decode();
+    } catch {
+      if (this.#url === url) this.clear();
+      return false;
+    }
+    if (this.#url !== url) return true; // another one came meanwhile
+    this.#image.hidden = false;
+    return true;
+  }
+
+  get ratio() {
+    return this.#image.naturalWidth / this.#image.naturalHeight || 1;
+  }
+
+  clear() {
+    this.#image.hidden = true;
+    this.#image.removeAttribute("src");
+    this.#image.alt = "";
+    if (this.#url) URL.revokeObjectURL(this.#url);
+    this.#url = null;
+  }
+}
+
+/** One attention map with its caption; its box has its size before there is a picture. */
+export class MapTile {
+  constructor(head, caption) {
+    this.head = head;
+    this.caption = caption;
+    const image = element("img", { hidden: true, alt: "" });
+    this.image = new BlobImage(image);
+    this.figure = element(
+      "figure",
+      {},
+      element("div", { className: "tile" }, image),
+      element("figcaption", { text: caption }),
+    );
+  }
+
+  set busy(busy) {
+    this.figure.setAttribute("aria-busy", String(busy));
+  }
+}
+
+/** One neighbour as a button: its thumbnail, what it is called, and its score. */
+export function matchItem(match, thumbnail, onChoose) {
+  const label = nameOf(match);
+  const image = element("img", { alt: "", draggable: false, loading: "lazy", src: thumbnail });
+  image.addEventListener("error", () => image.replaceWith("no thumbnail"));
+  const detail = label === match.id ? [] : [detailLine(match.id)];
+  const button = element(
+    "button",
+    { type: "button", className: "match", title: `Search with ${match.id}` },
+    element("span", { className: "thumbnail" }, image),
+    element("span", { className: "match-name", text: label }),
+    ...detail,
+    detailLine(`score ${match.score.toFixed(3)}`),
+  );
+  button.dataset.id = match.id;
+  button.addEventListener("click", () => onChoose(match));
+  return element("li", {}, button);
+}
+
+/** As many empty boxes as there may be matches, so that nothing moves when they come. */
+export function emptyMatches(count) {
+  return Array.from({ length: count }, () => {
+    const lines = ["match-name", "match-detail"].map((className) =>
+      element("span", { className, text: "\u00a0" }),
+    );
+    const box = element("span", { className: "thumbnail" });
+    const button = element("button", { className: "match", disabled: true }, box, ...lines);
+    return element("li", { ariaHidden: "true" }, button);
+  });
+}
+
+/** What people call it: the `name` of its metadata where its id does not say it already. */
+export function nameOf(match) {
+  const name = match.metadata?.name;
+  return typeof name === "string" && name && !match.id.endsWith(name) ? name : match.id;
+}
+
+function detailLine(text) {
+  return element("span", { className: "match-detail", text });
+}

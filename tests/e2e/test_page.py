@@ -1,0 +1,314 @@
+"""The page in a real browser, against a real server with the repository's model."""
+
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "backbone" / "models" / "default.safetensors"
+CHROMIUM = Path("/usr/bin/chromium")
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+# What the page promises to get by with: no inline script or style, nothing from elsewhere.
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'"
+)
+WAIT_MS = 30_000
+COUNT_URLS = """
+window.liveUrls = new Set();
+const create = URL.createObjectURL, revoke = URL.revokeObjectURL;
+URL.createObjectURL = (blob) => {
+  const url = create.call(URL, blob);
+  window.liveUrls.add(url);
+  return url;
+};
+URL.revokeObjectURL = (url) => {
+  window.liveUrls.delete(url);
+  revoke.call(URL, url);
+};
+"""
+
+
+def picture(number: int) -> Image.Image:
+    """Smooth stripes whose direction, width and colours differ from number to number."""
+    rows, columns = np.mgrid[0:120, 0:160] / 120.0
+    angle = number * 0.7
+    wave = np.sin((3 + 2 * number) * (columns * np.cos(angle) + rows * np.sin(angle)) * 2)
+    colour = np.random.default_rng(number).uniform(40, 215, (2, 3))
+    share = (wave[..., None] + 1) / 2
+    return Image.fromarray((share * colour[0] + (1 - share) * colour[1]).astype(np.uint8))
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a running service that holds a few pictures."""
+    if not MODEL.exists():
+        pytest.skip(f"{MODEL.relative_to(ROOT)} is absent")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder = tmp_path_factory.mktemp("service")
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("DINOSCOPE_")},
+        "DINOSCOPE_PORT": str(port),
+        "DINOSCOPE_DEVICE": "cpu",
+        "DINOSCOPE_TORCH_THREADS": "1",
+        "DINOSCOPE_DATA_DIR": str(folder / "data"),
+    }
+    url, log = f"http://127.0.0.1:{port}", folder / "log.txt"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "service"],
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        _wait_until_ready(process, url, log)
+        _fill(url)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(f"{url}/readyz").is_success:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.1)
+    pytest.fail(f"the service did not become ready:\n{log.read_text()}")
+
+
+def _fill(url: str) -> None:
+    with httpx.Client(base_url=url, timeout=60) as client:
+        for number in range(6):
+            content = encoded(picture(number), "PNG")
+            answer = client.post(
+                "/v1/collections/default/images",
+                files={"image": (f"{number}.png", content, "image/png")},
+                data={"id": f"stripes/{number} a&b.png", "metadata": "{}"},
+            )
+            answer.raise_for_status()
+        client.put("/v1/collections/empty").raise_for_status()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if not CHROMIUM.exists():
+        pytest.skip(f"{CHROMIUM} is absent")
+    with playwright.sync_playwright() as started:
+        running = started.chromium.launch(executable_path=str(CHROMIUM), args=ARGUMENTS)
+        playwright.expect.set_options(timeout=WAIT_MS)
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def complaints() -> list[str]:
+    """What the browser's console said, and errors that no script caught."""
+    return []
+
+
+@pytest.fixture
+def page(browser: Any, server: str, complaints: list[str]) -> Iterator[Any]:
+    """The page, loaded, under a strict Content-Security-Policy."""
+    context = browser.new_context(viewport={"width": 360, "height": 740})
+    opened = context.new_page()
+    opened.set_default_timeout(WAIT_MS)
+    opened.on("console", lambda message: complaints.append(message.text))
+    opened.on("pageerror", lambda error: complaints.append(str(error)))
+    opened.add_init_script(COUNT_URLS)
+
+    def with_policy(route: Any) -> None:
+        answer = route.fetch()
+        headers = {**answer.headers, "content-security-policy": POLICY}
+        route.fulfill(response=answer, headers=headers)
+
+    opened.route(f"{server}/", with_policy)
+    opened.goto(f"{server}/")
+    opened.wait_for_selector("#maps figure")
+    yield opened
+    context.close()
+
+
+def expect(page: Any, selector: str) -> Any:
+    """Waits for what is then asked of the element; works under the page's policy, unlike eval."""
+    return playwright.expect(page.locator(selector))
+
+
+def choose(page: Any, name: str, content: bytes, kind: str = "image/jpeg") -> None:
+    page.set_input_files("#file", {"name": name, "mimeType": kind, "buffer": content})
+    expect(page, "#picture-name").to_have_text(name)
+
+
+def wait_until_idle(page: Any) -> None:
+    expect(page, '[aria-busy="true"]').to_have_count(0)
+
+
+def match_ids(page: Any) -> list[str]:
+    wait_until_idle(page)
+    return page.eval_on_selector_all(".match[data-id]", "all => all.map(one => one.dataset.id)")
+
+
+def map_widths(page: Any) -> list[int]:
+    return page.eval_on_selector_all(
+        "#maps img", "all => all.map(one => one.hidden ? 0 : one.naturalWidth)"
+    )
+
+
+def colormaps(server: str) -> list[str]:
+    described = httpx.get(f"{server}/openapi.json").json()["paths"]["/v1/attention"]["post"]
+    [colormap] = [one for one in described["parameters"] if one["name"] == "colormap"]
+    return colormap["schema"]["enum"]
+
+
+def test_a_chosen_picture_shows_its_maps_and_finds_itself(
+    page: Any, server: str, complaints: list[str]
+) -> None:
+    model = httpx.get(f"{server}/v1/models").json()["data"][0]
+    assert str(model["embedding_size"]) in page.text_content("#fact-embedding")
+    assert model["architecture"] in page.text_content("#fact-model")
+    assert "6 pictures" in page.text_content("#fact-collection")
+    options = page.eval_on_selector_all("#colormap option", "all => all.map(one => one.value)")
+    assert options == colormaps(server)
+
+    choose(page, "again.jpg", encoded(picture(3), "JPEG", quality=90))
+    ids = match_ids(page)
+
+    assert ids[0] == "stripes/3 a&b.png"
+    assert len(ids) == 6
+    assert map_widths(page) == [480] * (model["heads"] + 1)
+    assert all(page.eval_on_selector_all("#maps img", "all => all.map(one => one.alt)"))
+    page.locator("#matches").scroll_into_view_if_needed()
+    playwright.expect(page.locator(".match img").first).to_have_js_property("naturalWidth", 160)
+    score = float(page.text_content(".match .match-detail").removeprefix("score "))
+    assert 0.95 < score <= 1.0
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+    with page.expect_response(lambda answer: "colormap=gray" in answer.url):
+        page.select_option("#colormap", "gray")
+    wait_until_idle(page)
+    with page.expect_response(lambda answer: "threshold=0.95" in answer.url):
+        page.press("#threshold", "ArrowLeft")
+    wait_until_idle(page)
+    assert min(map_widths(page)) > 0
+    shown = page.eval_on_selector_all("#maps img, #preview", "all => all.map(one => one.src)")
+    assert set(page.evaluate("[...window.liveUrls]")) == set(shown)
+    assert complaints == []
+
+
+def test_a_neighbour_searches_by_its_id_and_there_is_a_way_back(
+    page: Any, complaints: list[str]
+) -> None:
+    choose(page, "again.jpg", encoded(picture(1), "JPEG", quality=90))
+    before = match_ids(page)
+
+    with page.expect_request("**/search") as asked:
+        page.locator(".match").nth(1).click()
+    assert json.loads(asked.value.post_data)["id"] == before[1]
+    after = match_ids(page)
+    assert before[1] not in after
+    assert page.text_content("#picture-name") == before[1]
+    assert min(map_widths(page)) > 0  # drawn from the thumbnail
+
+    page.click("#back")
+    expect(page, "#picture-name").to_have_text("again.jpg")
+    assert match_ids(page) == before
+    assert complaints == []
+
+
+def test_what_the_server_refuses_is_said_in_its_words(page: Any, complaints: list[str]) -> None:
+    choose(page, "notes.txt", b"no picture at all", "text/plain")
+    page.wait_for_selector("#picture-error:not([hidden])")
+    assert "is not a picture of an allowed format" in page.text_content("#picture-error")
+    assert page.locator(".error:visible").count() == 1  # once, not once a request
+    # The browser itself notes every answer of 400 and above; nothing else may stand there.
+    assert all("status of 415" in line for line in complaints)
+
+
+def test_a_server_that_is_gone_is_said_and_can_be_tried_again(page: Any) -> None:
+    page.route("**/v1/**", lambda route: route.abort())
+    choose(page, "again.jpg", encoded(picture(1), "JPEG"))
+    page.wait_for_selector("#neighbours-error:not([hidden])")
+    assert "does not answer" in page.text_content("#neighbours-error")
+    page.unroute("**/v1/**")
+    page.click("#neighbours-error button")
+    assert len(match_ids(page)) == 6
+    assert page.locator(".error:visible").count() == 0
+
+
+def test_a_late_answer_does_not_replace_a_newer_one(page: Any, complaints: list[str]) -> None:
+    held: list[Any] = []
+
+    def hold_first(route: Any) -> None:
+        if held:
+            route.continue_()
+        else:
+            held.append(route)
+
+    page.route("**/search?*", hold_first)
+    choose(page, "first.jpg", encoded(picture(2), "JPEG"))
+    while not held:
+        page.wait_for_timeout(20)
+    choose(page, "second.jpg", encoded(picture(4), "JPEG"))
+    expect(page, "#neighbours-note").to_contain_text("second.jpg")
+    held[0].fulfill(json={"matches": [{"id": "late", "score": 1.0, "metadata": {}}]})
+    page.wait_for_timeout(100)
+    assert match_ids(page)[0] == "stripes/4 a&b.png"
+    assert complaints == []
+
+
+def test_a_picture_is_added_to_the_chosen_collection(
+    page: Any, server: str, complaints: list[str]
+) -> None:
+    page.select_option("#collection", "empty")
+    # Dropped this time; its name is markup, and must stay text.
+    page.evaluate(
+        """(bytes) => {
+          const transfer = new DataTransfer();
+          const name = "<b>new.png";
+          transfer.items.add(new File([new Uint8Array(bytes)], name, { type: "image/png" }));
+          document.body.dispatchEvent(
+            new DragEvent("drop", { dataTransfer: transfer, bubbles: true, cancelable: true }));
+        }""",
+        list(encoded(picture(9), "PNG")),
+    )
+    expect(page, "#neighbours-note").to_have_text("“empty” holds no picture yet.")
+    page.click("#add")
+    page.wait_for_selector(".match[data-id]")
+    wait_until_idle(page)
+    assert page.text_content(".match .match-name") == "<b>new.png"
+    assert "1 picture" in page.text_content("#fact-collection")
+    assert httpx.get(f"{server}/v1/collections/empty").json()["count"] == 1
+    assert complaints == []
