@@ -13,7 +13,7 @@ export class ServiceError extends Error {
 
   /** Whether the picture itself was refused, whatever was asked of it. */
   get isAboutPicture() {
-    return /^(image|body)\b/.test(this.param ?? "");
+    return [413, 415].includes(this.status) || /^(image|body)\b/.test(this.param ?? "");
   }
 }
 
