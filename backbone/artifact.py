@@ -8,6 +8,9 @@ The header's `dinoscope` entry is a JSON object:
     provenance       how it was made: free JSON, `licence` among it
     quality          what it measured: free JSON, e.g. {"knn": {"20": {"top1": .., "top5": ..}}}
 
+The tensors are the network's, and optionally `whitening.mean` and `whitening.matrix`
+(backbone.whitening), which a service applies to what it searches.
+
 Reading checks all of it, and every tensor's name, shape and finiteness. Nothing is ever unpickled.
 """
 
@@ -17,6 +20,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +32,11 @@ from torch import Tensor
 from backbone.architectures import Architecture
 from backbone.preprocess import Preprocess
 from backbone.vit import VisionTransformer
+from backbone.whitening import Whitening
 
 FORMAT_VERSION = 1
 _ENTRY = "dinoscope"
+_WHITENING = ("whitening.mean", "whitening.matrix")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -44,8 +50,7 @@ class Artifact:
 
     Attributes:
         weights: name -> tensor, in the precision that they are stored in.
-        fingerprint: the first 16 hex digits of the SHA-256 of the file's content, "" before it
-            is written; vectors of models with different fingerprints cannot be compared.
+        whitening: applied to embeddings before they are searched; None leaves them as they are.
     """
 
     architecture: Architecture
@@ -53,7 +58,21 @@ class Artifact:
     weights: Mapping[str, Tensor]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     quality: Mapping[str, Any] = field(default_factory=dict)
-    fingerprint: str = ""
+    whitening: Whitening | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits (of a SHA-256) over all that decides on the vectors.
+
+        Vectors of models with different fingerprints cannot be compared. Provenance and quality
+        have no part in it: a better description does not make another model.
+        """
+        described = [asdict(self.architecture), asdict(self.preprocess)]
+        digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+        for name, tensor in sorted({**self.weights, **_whitening_tensors(self.whitening)}.items()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def network(self) -> VisionTransformer:
         """The network in evaluation mode, float32, on the CPU."""
@@ -71,6 +90,7 @@ def write_artifact(artifact: Artifact, path: Path) -> str:
     """
     _check_sizes(artifact.preprocess, artifact.architecture, path)
     check_weights(artifact.weights, artifact.architecture, path)
+    _check_whitening(_whitening_tensors(artifact.whitening), artifact.architecture, path)
     header = {
         "format_version": FORMAT_VERSION,
         "architecture": asdict(artifact.architecture),
@@ -80,13 +100,14 @@ def write_artifact(artifact: Artifact, path: Path) -> str:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.partial")
-    weights = {name: w.detach().cpu().contiguous() for name, w in artifact.weights.items()}
+    tensors = {**artifact.weights, **_whitening_tensors(artifact.whitening)}
+    weights = {name: w.detach().cpu().contiguous() for name, w in tensors.items()}
     text = json.dumps(header, sort_keys=True, allow_nan=False)
     save_file(weights, temporary, metadata={_ENTRY: text})
     with temporary.open("rb+") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
-    return _fingerprint(path)
+    return artifact.fingerprint
 
 
 def read_artifact(path: Path) -> Artifact:
@@ -105,14 +126,16 @@ def read_artifact(path: Path) -> Artifact:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path} is not a readable safetensors file: {error}") from error
+    whitening = {name: weights.pop(name) for name in _WHITENING if name in weights}
     check_weights(weights, architecture, path)
+    _check_whitening(whitening, architecture, path)
     return Artifact(
         architecture=architecture,
         preprocess=preprocess,
         weights=weights,
         provenance=header["provenance"],
         quality=header["quality"],
-        fingerprint=_fingerprint(path),
+        whitening=Whitening(*(whitening[name] for name in _WHITENING)) if whitening else None,
     )
 
 
@@ -197,10 +220,27 @@ def check_weights(weights: Mapping[str, Tensor], architecture: Architecture, pat
             raise ArtifactError(f"{name} in {path} holds values that are not finite")
 
 
+def _whitening_tensors(whitening: Whitening | None) -> dict[str, Tensor]:
+    if whitening is None:
+        return {}
+    return dict(zip(_WHITENING, (whitening.mean, whitening.matrix), strict=True))
+
+
+def _check_whitening(tensors: Mapping[str, Tensor], architecture: Architecture, path: Path) -> None:
+    if not tensors:
+        return
+    dimension = architecture.embed_dim
+    for name, shape in zip(_WHITENING, ([dimension], [dimension, dimension]), strict=True):
+        if name not in tensors:
+            raise ArtifactError(f"{path} holds one half of a whitening: {name} is missing")
+        tensor = tensors[name]
+        if list(tensor.shape) != shape or tensor.dtype != torch.float32:
+            raise ArtifactError(
+                f"{name} in {path} is {tensor.dtype} {list(tensor.shape)}, not float32 {shape}"
+            )
+        if not bool(tensor.isfinite().all()):
+            raise ArtifactError(f"{name} in {path} holds values that are not finite")
+
+
 def _more(names: list[str]) -> str:
     return f" and {len(names) - 3} more" if len(names) > 3 else ""
-
-
-def _fingerprint(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

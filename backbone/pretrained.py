@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import hashlib
 import math
 import os
 from collections.abc import Mapping
@@ -106,8 +105,6 @@ def read_checkpoint(
     weights = _backbone_weights(content, path, key=key)
     architecture = _architecture_of(weights, path)
     check_weights(weights, architecture, path)
-    with path.open("rb") as file:
-        fingerprint = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     return Artifact(
         architecture=architecture,
         preprocess=Preprocess.in_proportion(
@@ -115,7 +112,6 @@ def read_checkpoint(
         ),
         weights=weights,
         provenance={"source": path.name, **provenance},
-        fingerprint=fingerprint,
     )
 
 

@@ -128,6 +128,27 @@ class JoinedPictures:
         return self._parts[part].read(i - (self._ends[part - 1] if part else 0))
 
 
+class SomePictures:
+    """Those of another source that stand at `places`."""
+
+    def __init__(self, whole: Pictures, places: Sequence[int]) -> None:
+        self._whole = whole
+        self._places = places
+        self.names: Sequence[str] = [whole.names[i] for i in places]
+
+    def read(self, i: int) -> bytes:
+        """The bytes of the i-th chosen picture."""
+        return self._whole.read(self._places[i])
+
+
+def every(pictures: Pictures, count: int) -> Pictures:
+    """At most `count` of the pictures, evenly spaced."""
+    whole = len(pictures.names)
+    if whole <= count:
+        return pictures
+    return SomePictures(pictures, [i * whole // count for i in range(count)])
+
+
 def open_pictures(paths: Sequence[str | Path]) -> Pictures:
     """Opens folders and tar files (compressed or not) as one sequence.
 

@@ -15,8 +15,13 @@ import torch
 
 from backbone.artifact import Artifact, ArtifactError, read_artifact, write_artifact
 from backbone.preprocess import Preprocess
+from backbone.whitening import fit_whitening
 from training import snapshot
 from training.config import ConfigError, recipe_from_dict
+from training.data import Pictures, every, open_pictures
+from training.evaluation.features import embedder, extract
+
+WHITEN_COUNT = 5000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,24 +37,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--copy-size", type=int, help="side of the copy descriptor's picture")
     parser.add_argument("--licence", default="", help="the licence of the weights")
     parser.add_argument("--quality", type=Path, help="JSON of what was measured, for the header")
+    parser.add_argument(
+        "--whiten",
+        nargs="+",
+        metavar="DATA",
+        help=f"folders or tars of which {WHITEN_COUNT} pictures fit the whitening of searches",
+    )
     options = parser.parse_args(arguments)
     if options.out.suffix != ".safetensors":
         parser.error(f"OUT is {str(options.out)!r}; it must end in .safetensors")
     try:
         quality = json.loads(options.quality.read_text()) if options.quality else {}
-        fingerprint = export(
+        artifact = teacher_artifact(
             options.run_dir,
-            options.out,
             key="student" if options.student else "teacher",
             half=options.half,
             licence=options.licence,
-            quality=quality,
             sizes={
                 name: value
                 for name in ("resize", "crop", "copy_size")
                 if (value := getattr(options, name)) is not None
             },
         )
+        artifact = dataclasses.replace(artifact, quality=quality)
+        if options.whiten:
+            background = open_pictures(options.whiten)
+            artifact = whitened(artifact, background, device=torch.device("cpu"))
+        fingerprint = export(artifact, options.out)
     except (ArtifactError, ConfigError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -58,27 +72,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def export(
+def teacher_artifact(
     run_dir: Path,
-    out: Path,
     *,
     key: str = "teacher",
     half: bool = False,
     licence: str = "",
-    quality: Mapping[str, Any] | None = None,
     sizes: Mapping[str, int] | None = None,
-) -> str:
-    """Writes the newest snapshot's backbone to `out`, reads it back, and returns its fingerprint.
+) -> Artifact:
+    """The newest snapshot's backbone, not yet written.
 
     Args:
         key: "teacher" (the paper's choice) or "student".
-        half: stores float16.
+        half: float16.
         sizes: fields of `Preprocess` that differ from the paper's proportions for the run's
             global crops.
 
     Raises:
         SnapshotError: there is no usable snapshot in `run_dir`.
-        ArtifactError: what was written does not read back as it was.
+        ValueError: impossible sizes.
     """
     found = snapshot.latest(run_dir)
     if found is None:
@@ -92,7 +104,7 @@ def export(
         if name.startswith(prefix)
     }
     paper = Preprocess.in_proportion(recipe.crops.global_size, patch_size=recipe.model.patch_size)
-    artifact = Artifact(
+    return Artifact(
         architecture=recipe.architecture,
         preprocess=Preprocess(**{**dataclasses.asdict(paper), **(sizes or {})}),
         weights=weights,
@@ -104,11 +116,34 @@ def export(
             "steps": state["step"],
             "torch": str(torch.__version__),
         },
-        quality=quality or {},
     )
+
+
+def whitened(
+    artifact: Artifact, background: Pictures, *, device: torch.device, count: int = WHITEN_COUNT
+) -> Artifact:
+    """The artifact with the whitening of `count` pictures, evenly spaced in `background`.
+
+    Raises:
+        ValueError: too few pictures for the network's embedding size.
+    """
+    chosen = every(background, count)
+    vectors = extract(
+        chosen, artifact.preprocess.centre_crop, embedder(artifact, device), device=device
+    )
+    provenance = {**artifact.provenance, "whitened_on": len(chosen.names)}
+    return dataclasses.replace(artifact, whitening=fit_whitening(vectors), provenance=provenance)
+
+
+def export(artifact: Artifact, out: Path) -> str:
+    """Writes `out`, reads it back, and returns its fingerprint.
+
+    Raises:
+        ArtifactError: what was written does not read back as it was.
+    """
     fingerprint = write_artifact(artifact, out)
     written = read_artifact(out)
-    for name, tensor in weights.items():
+    for name, tensor in artifact.weights.items():
         if not torch.equal(written.weights[name], tensor):
             raise ArtifactError(f"{name} in {out} is not what was written")
     return fingerprint

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from backbone.artifact import Artifact
 from training.data import Pictures, decode, one_thread
 
 
@@ -53,6 +54,17 @@ def extract(
             parts.append(embed(batch.to(device, non_blocking=True)).float().cpu())
             bar.update(len(batch))
     return torch.cat(parts)
+
+
+def embedder(artifact: Artifact, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Batches of views on `device` -> CLS of the artifact's network."""
+    network = artifact.network().to(device)
+
+    def embed(batch: Tensor) -> Tensor:
+        cls: Tensor = network(batch).cls
+        return cls
+
+    return embed
 
 
 def class_indices(*labels: Sequence[str]) -> tuple[list[str], list[Tensor]]:

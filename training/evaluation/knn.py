@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from backbone.artifact import Artifact
 from backbone.pretrained import load_model
 from training.data import DataError, Pictures, class_labels, open_pictures
 from training.distributed import choose_device
-from training.evaluation.features import class_indices, extract
+from training.evaluation.features import class_indices, embedder, extract
 
 TEMPERATURE = 0.07
 _CHUNK = 512
@@ -95,17 +94,6 @@ def evaluate(
         )
         results[str(k)] = accuracy(ranked, truth)
     return results
-
-
-def embedder(artifact: Artifact, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Batches of views on `device` -> CLS of the artifact's network."""
-    network = artifact.network().to(device)
-
-    def embed(batch: Tensor) -> Tensor:
-        cls: Tensor = network(batch).cls
-        return cls
-
-    return embed
 
 
 def add_command(names: Any) -> None:
