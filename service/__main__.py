@@ -41,11 +41,12 @@ def main() -> int:
 
 def _help(arguments: list[str]) -> int:
     if arguments not in (["--help"], ["-h"]):
-        print(f"error: unknown argument {arguments[0]!r}; settings are environment variables:\n")
+        print(f"error: unknown argument {arguments[0]!r}; try --help", file=sys.stderr)
+        return 2
     print("python -m service takes its settings from the environment and from .env:\n")
     for name, field in Settings.model_fields.items():
         print(f"  DINOSCOPE_{name.upper()} (default {field.default})\n      {field.description}")
-    return 0 if arguments in (["--help"], ["-h"]) else 2
+    return 0
 
 
 if __name__ == "__main__":

@@ -9,12 +9,14 @@ import anyio.to_thread
 import torch
 from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
+from starlette.routing import Match, Mount
+from starlette.types import Scope
 
 from backbone.pretrained import load_model
 from index.collection import CollectionSet
 from service.encoder import Encoder, TorchEncoder
 from service.errors import add_error_handlers
-from service.images import Limits
+from service.images import Limits, quiet_decoders
 from service.routes import attention, collections, copies, embeddings, health, search
 from service.services import Services
 from service.settings import Settings
@@ -62,7 +64,7 @@ def create_app(settings: Settings | None = None, *, encoder: Encoder | None = No
     add_error_handlers(app)
     for routes in (health, embeddings, attention, collections, search, copies):
         app.include_router(routes.router)
-    app.mount("/", StaticFiles(directory=_WEB, html=True), name="web")
+    app.router.routes.append(_Page("/", StaticFiles(directory=_WEB, html=True), name="web"))
     return app
 
 
@@ -82,7 +84,18 @@ def load_encoder(settings: Settings) -> Encoder:
     )
 
 
+class _Page(Mount):
+    """The page's files, after every route: a plain mount of `/` would make each 405 a 404."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        match, child_scope = super().matches(scope)
+        if match is Match.NONE or scope.get("method") not in ("GET", "HEAD"):
+            return Match.NONE, {}
+        return Match.PARTIAL, child_scope
+
+
 def _start(settings: Settings, encoder: Encoder | None) -> Services:
+    quiet_decoders()
     vision = Vision(
         encoder or load_encoder(settings),
         Limits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels),
@@ -97,8 +110,12 @@ def _start(settings: Settings, encoder: Encoder | None) -> Services:
         vision.close()
         raise
     services = Services(settings=settings, vision=vision, collections=opened)
-    if DEFAULT_COLLECTION not in opened.names():
-        opened.create(DEFAULT_COLLECTION, spaces=services.spaces, model=vision.info.fingerprint)
+    try:
+        if DEFAULT_COLLECTION not in opened.names():
+            opened.create(DEFAULT_COLLECTION, spaces=services.spaces, model=vision.info.fingerprint)
+    except BaseException:
+        _stop(services)
+        raise
     info = vision.info
     _log.info(
         "serving %s (%s, fingerprint %s), collections in %s",

@@ -92,8 +92,7 @@ class Batcher(Generic[Item, Result]):
         try:
             return await asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs))
         finally:
-            for job in jobs:
-                job.future.cancel()  # frees the places of a request that failed or went away
+            self._withdraw(jobs)
 
     def close(self) -> None:
         """Refuses new items, finishes those that wait, and ends the thread."""
@@ -102,10 +101,19 @@ class Batcher(Generic[Item, Result]):
             self._changed.notify()
         self._thread.join()
 
+    def _withdraw(self, jobs: Sequence[_Job[Item, Result]]) -> None:
+        """Frees the places of a request that failed or went away; nothing where all is done."""
+        cancelled = [job for job in jobs if job.future.cancel()]
+        if cancelled:
+            with self._changed:
+                self._waiting = deque(job for job in self._waiting if not job.future.cancelled())
+
     def _work(self) -> None:
         while batch := self._next_batch():
             try:
                 results = self._run(batch[0].kind, [job.item for job in batch])
+                if len(results) != len(batch):
+                    raise ValueError(f"the model gave {len(results)} results for {len(batch)}")
             except Exception as error:
                 # Whatever the model raised belongs to this batch's requests, not to the thread.
                 _log.error("a batch of %d failed", len(batch), exc_info=error)

@@ -9,7 +9,7 @@ CollectionError and its kinds (index.errors)
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from fastapi import FastAPI, Request
@@ -81,6 +81,12 @@ def error_response(
     return JSONResponse({"error": error}, status_code=status, headers=headers)
 
 
+def _place(location: Sequence[int | str]) -> str:
+    """Pydantic's location as the user wrote it: images[1].id."""
+    parts = location[1:] if location[:1] in (("query",), ("body",), ("path",)) else location
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts).removeprefix(".")
+
+
 def add_error_handlers(app: FastAPI) -> None:
     """Answers every exception, known or not, in the one shape."""
 
@@ -114,7 +120,7 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def validation(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part not in ("query", "body"))
+        where = _place(first["loc"])
         given = first.get("input")
         shown = f" (given: {given!r:.80})" if first["type"] != "missing" else ""
         message = f"{where}: {first['msg']}{shown}" if where else f"{first['msg']}{shown}"

@@ -41,12 +41,11 @@ def decode(content: bytes, limits: Limits, *, param: str) -> Image.Image:
     if not content:
         raise ImageError(f"{param} is empty", code="invalid_image", param=param)
     try:
-        with warnings.catch_warnings():
-            # The pixel limit below is ours, and Pillow's notes on odd metadata are no user's error.
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
-                _check_pixels(picture, limits, param)
-                return _upright_rgb(picture)
+        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+            _check_pixels(picture, limits, param)
+            return _upright_rgb(picture)
+    except ImageError:
+        raise
     except UnidentifiedImageError as error:
         raise ImageError(
             f"{param} is not a picture of an allowed format ({', '.join(FORMATS)})",
@@ -56,7 +55,8 @@ def decode(content: bytes, limits: Limits, *, param: str) -> Image.Image:
         ) from error
     except Image.DecompressionBombError as error:
         raise _too_many_pixels(limits, param, "its header says more than that") from error
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, MemoryError) as error:
+    except Exception as error:
+        # A decoder may raise anything on bytes that are wrong: Pillow promises no kinds of errors.
         raise ImageError(
             f"{param} cannot be read, it is damaged or cut short: {error}",
             code="invalid_image",
@@ -116,6 +116,14 @@ def thumbnail(picture: Image.Image, *, side: int = 192) -> bytes:
     return buffer.getvalue()
 
 
+def quiet_decoders() -> None:
+    """Keeps Pillow's notes on odd pictures out of the log.
+
+    For the whole process: Python cannot change the filters for one thread alone.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
 def _check_pixels(picture: Image.Image, limits: Limits, param: str) -> None:
     width, height = picture.size
     if width * height > limits.max_pixels:
@@ -144,7 +152,12 @@ def _upright_rgb(picture: Image.Image) -> Image.Image:
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
-    """Scales 16-bit (and 32-bit or float) grey by its own range, where converting would clip it."""
+    """Scales 16-bit, 32-bit and float grey, where converting would clip it."""
     values = np.nan_to_num(np.asarray(picture, dtype=np.float64))
-    top = 65535.0 if picture.mode != "F" and values.max() > 255 else max(255.0, values.max())
+    if picture.mode.startswith("I;16"):
+        top = 65535.0
+    else:  # the format does not say what white is: the least usual range that holds the values
+        usual = (1.0, 255.0, 65535.0) if picture.mode == "F" else (255.0, 65535.0)
+        brightest = float(values.max())
+        top = next((limit for limit in usual if brightest <= limit), brightest)
     return Image.fromarray((values / top * 255.0).clip(0, 255).astype(np.uint8)).convert("RGB")

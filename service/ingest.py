@@ -76,7 +76,7 @@ async def ingest(
             _check(await client.put(f"/v1/collections/{collection}"))
             known = await _known(client, collection)
             return await _send_all(client, folder, collection, paths, known, parallel)
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise IngestError(f"the service at {url} cannot be used: {error!r}") from error
 
 
@@ -95,17 +95,26 @@ async def _send_all(
 
         async def work() -> None:
             for path in waiting:
-                content = await asyncio.to_thread((folder / path).read_bytes)
-                if known.get(path) == hashlib.sha256(content).hexdigest():
-                    outcome = "unchanged"
+                try:
+                    content = await asyncio.to_thread((folder / path).read_bytes)
+                except OSError as error:
+                    refused.append((path, f"cannot be read: {error.strerror}"))
+                    outcome = "refused"
                 else:
-                    outcome = await _send(client, collection, path, content, refused)
+                    if known.get(path) == hashlib.sha256(content).hexdigest():
+                        outcome = "unchanged"
+                    else:
+                        outcome = await _send(client, collection, path, content, refused)
                 counts[outcome] += 1
                 bar.update()
 
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(parallel):
-                tasks.create_task(work())
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(parallel):
+                    tasks.create_task(work())
+        except ExceptionGroup as errors:
+            # One worker's trouble ends them all; the first tells what it was.
+            raise errors.exceptions[0] from errors
     return counts, refused
 
 

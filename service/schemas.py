@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from service.heatmaps import COLORMAPS
 
@@ -54,10 +54,18 @@ class EmbeddingOptions(Options):
     user: str | None = Field(default=None, description="taken for compatibility, not used")
 
 
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 class EmbeddingRequest(EmbeddingOptions):
     """OpenAI's embedding request, with pictures for texts."""
 
-    input: Picture | list[Picture] = Field(description="one picture or a list of them")
+    input: Annotated[
+        list[Picture],
+        BeforeValidator(_as_list, json_schema_input_type=Picture | list[Picture]),
+        Field(description="one picture or a list of them"),
+    ]
     dimensions: int | None = Field(default=None, description="must be the model's own, if given")
 
 
@@ -90,7 +98,8 @@ class AttentionOptions(Options):
 
     head: str = Field(
         default="mean",
-        pattern=r"^(mean|all|\d{1,3})$",
+        pattern=r"^(mean|all|[0-9]{1,3})$",
+        coerce_numbers_to_str=True,  # in JSON, a number is a number
         description="mean over heads, one head by number from 0, or all as a grid",
     )
     threshold: float | None = Field(
@@ -190,7 +199,7 @@ class ImageOptions(Options):
 class Stored(Answer):
     """What happened to one picture of an upload; `error` where it failed."""
 
-    id: str | None
+    id: str | None = Field(description="null where it failed and no id was given")
     outcome: Literal["created", "updated", "unchanged", "failed"]
     error: ErrorDetail | None = None
 

@@ -28,7 +28,10 @@ class Settings(BaseSettings):
         default=32 * 2**20, ge=1, description="largest encoded picture, in bytes"
     )
     max_image_pixels: int = Field(
-        default=100_000_000, ge=1, description="largest picture, width x height, before decoding"
+        default=100_000_000,
+        ge=1,
+        le=178_956_970,  # beyond it Pillow refuses by itself
+        description="largest picture, width x height, before decoding",
     )
     max_request_images: int = Field(default=64, ge=1, description="most pictures in one request")
     max_request_bytes: int = Field(

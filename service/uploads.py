@@ -1,13 +1,16 @@
 """How pictures come in a request: multipart, a raw body, or JSON; and the limit on its size."""
 
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import RequestError, error_response
@@ -62,7 +65,7 @@ class BodyLimit:
 
 
 def is_json(request: Request) -> bool:
-    """Whether the body says that it is JSON (also where it says nothing, and is no picture)."""
+    """Whether the body says that it is JSON."""
     kind = _content_type(request)
     return kind == "application/json" or kind.endswith("+json")
 
@@ -81,11 +84,18 @@ async def read_json(request: Request, model: type[Body]) -> Body:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        raise RequestValidationError(error.errors()) from error
+        raise RequestValidationError(
+            [{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors()]
+        ) from error
 
 
-async def read_upload(request: Request, limits: Limits, *, max_pictures: int) -> Upload:
+async def read_upload(
+    request: Request, limits: Limits, *, max_pictures: int, described: bool = False
+) -> Upload:
     """The pictures of a multipart form (field `image`, repeatable) or of a raw `image/*` body.
+
+    Args:
+        described: whether the form may have fields `id` and `metadata`.
 
     Raises:
         RequestError: another content type, an unknown field, no picture, or too many.
@@ -102,9 +112,8 @@ async def read_upload(request: Request, limits: Limits, *, max_pictures: int) ->
             status=415,
         )
     pictures: list[EncodedPicture] = []
-    fields: dict[str, list[str]] = {"id": [], "metadata": []}
-    # One more than allowed, so that it is we who say what the limit is.
-    async with request.form(max_files=max_pictures + 1, max_fields=2 * max_pictures + 2) as form:
+    fields: dict[str, list[str]] = {"id": [], "metadata": []} if described else {}
+    async with _form(request, max_pictures) as form:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile) and name == "image":
                 param = f"image[{len(pictures)}]"
@@ -115,13 +124,14 @@ async def read_upload(request: Request, limits: Limits, *, max_pictures: int) ->
                 fields[name].append(value)
             else:
                 raise RequestError(
-                    f"form field {name!r} is not one of image (a file), id, metadata (text); "
+                    f"form field {name!r} is not one of image (a file)"
+                    f"{', id, metadata (text)' if described else ''}; "
                     "options stand in the query string",
                     code="unknown_field",
                     param=name,
                 )
     _check_count(len(pictures), max_pictures, param="image")
-    return Upload(pictures=pictures, ids=fields["id"], metadata=fields["metadata"])
+    return Upload(pictures=pictures, ids=fields.get("id", []), metadata=fields.get("metadata", []))
 
 
 async def read_one(request: Request, limits: Limits) -> EncodedPicture:
@@ -162,6 +172,22 @@ def parse_metadata(text: str, *, param: str) -> dict[str, Any]:
     return value
 
 
+@asynccontextmanager
+async def _form(request: Request, max_pictures: int) -> AsyncIterator[FormData]:
+    try:
+        form = await request.form(max_files=max_pictures, max_fields=2 * max_pictures + 2)
+    except HTTPException as error:
+        if error.detail.startswith("Too many files"):
+            raise _too_many(max_pictures, param="image") from error
+        raise RequestError(
+            f"the form cannot be read: {error.detail}", code="invalid_form"
+        ) from error
+    try:
+        yield form
+    finally:
+        await form.close()
+
+
 def _content_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
@@ -174,9 +200,14 @@ def _check_count(count: int, most: int, *, param: str) -> None:
             param=param,
         )
     if count > most:
-        raise RequestError(
-            f"{param!r} holds {count} pictures or more; allowed are {most} in one request",
-            code="too_many_images",
-            param=param,
-            status=413 if most > 1 else 400,
-        )
+        raise _too_many(most, param=param)
+
+
+def _too_many(most: int, *, param: str) -> RequestError:
+    return RequestError(
+        f"{param!r} holds more than {most} picture{'s' if most > 1 else ''}, "
+        "the most that are allowed here in one request",
+        code="too_many_images",
+        param=param,
+        status=413 if most > 1 else 400,
+    )

@@ -71,7 +71,12 @@ class Vision:
             ImageError: the first picture that cannot be taken.
             QueueFull, BatchFailed, BatcherClosed: see `Batcher.submit`.
         """
-        prepared = await asyncio.gather(*(self.prepare(p, (task,)) for p in pictures))
+        work = (self.prepare(p, (task,)) for p in pictures)
+        prepared: list[Prepared] = []
+        for result in await asyncio.gather(*work, return_exceptions=True):
+            if isinstance(result, BaseException):
+                raise result
+            prepared.append(result)
         return await self.run(task, [p.inputs[task] for p in prepared])
 
     async def attention(self, picture: EncodedPicture) -> tuple[Array, Image.Image]:

@@ -87,10 +87,10 @@ async def add_images(
         images=[
             Stored(id=result.record_id, outcome=next(outcomes))
             if isinstance(result, _New)
-            else _failed(result)
+            else _failed(image.id, result)
             if isinstance(result, RequestError)
             else Stored(id=result.id, outcome="unchanged")
-            for result in results
+            for image, result in zip(incoming, results, strict=True)
         ]
     )
 
@@ -154,7 +154,7 @@ async def _read_images(
             _Incoming(picture=picture, id=image.id, metadata=image.metadata)
             for picture, image in zip(pictures, body.images, strict=True)
         ]
-    upload = await uploads.read_upload(request, limits, max_pictures=most)
+    upload = await uploads.read_upload(request, limits, max_pictures=most, described=True)
     ids: list[str] = upload.ids or ([query.id] if query.id is not None else [])
     texts = upload.metadata or ([query.metadata] if query.metadata is not None else [])
     for name, values in (("id", ids), ("metadata", texts)):
@@ -226,11 +226,11 @@ async def _store(collection: Collection, services: Services, new: Sequence[_New]
     return [outcome.outcome for outcome in written]
 
 
-def _failed(error: RequestError) -> Stored:
+def _failed(record_id: str | None, error: RequestError) -> Stored:
     detail = ErrorDetail(
         message=error.message, type="invalid_request_error", param=error.param, code=error.code
     )
-    return Stored(id=None, outcome="failed", error=detail)
+    return Stored(id=record_id, outcome="failed", error=detail)
 
 
 def _answer(collection: Collection) -> CollectionAnswer:

@@ -31,9 +31,8 @@ async def embed(
     options = query
     if uploads.is_json(request):
         body = await uploads.read_json(request, EmbeddingRequest)
-        _check_dimensions(body.dimensions, vision.info.embedding_size)
-        values = [body.input] if isinstance(body.input, str) else body.input
-        pictures = uploads.pictures_of(values, vision.limits, max_pictures=most, param="input")
+        _check_dimensions(body.dimensions, services.spaces[body.feature])
+        pictures = uploads.pictures_of(body.input, vision.limits, max_pictures=most, param="input")
         options = body
     else:
         upload = await uploads.read_upload(request, vision.limits, max_pictures=most)

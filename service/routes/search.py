@@ -89,14 +89,14 @@ def vote(neighbours: list[Match], label: str, temperature: float) -> list[LabelP
 
     Neighbours without the label do not vote. Labels may be any JSON value.
     """
-    best = max((match.score for match in neighbours), default=0.0)
+    voters = [match for match in neighbours if label in match.metadata]
+    best = max((match.score for match in voters), default=0.0)
     weights: dict[str, float] = {}
-    for match in neighbours:
-        if label in match.metadata:
-            key = json.dumps(match.metadata[label], sort_keys=True)
-            # Relative to the best, so that a small temperature cannot overflow.
-            weight = math.exp((match.score - best) / temperature)
-            weights[key] = weights.get(key, 0.0) + weight
+    for match in voters:
+        key = json.dumps(match.metadata[label], sort_keys=True)
+        # Relative to the best voter: a small temperature can neither overflow nor leave no weight.
+        weight = math.exp((match.score - best) / temperature)
+        weights[key] = weights.get(key, 0.0) + weight
     total = sum(weights.values())
     ranked = sorted(weights.items(), key=lambda item: -item[1])
     return [LabelProbability(label=json.loads(k), probability=w / total) for k, w in ranked]
