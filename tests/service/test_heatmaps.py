@@ -1,0 +1,72 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from service.heatmaps import Style, draw
+from tests.service.pictures import RED, noise, plain
+
+MAP = np.array([[0.0, 0.1], [0.2, 0.7]], dtype=np.float32)
+
+
+def sheet(maps: np.ndarray, picture: Image.Image, **options: object) -> np.ndarray:
+    style = {"colormap": "gray", "overlay": 1.0, "threshold": None, "size": max(picture.size)}
+    content = draw(maps, picture, Style(**{**style, **options}))  # type: ignore[arg-type]
+    return np.asarray(Image.open(io.BytesIO(content)))
+
+
+def test_the_strongest_patch_is_white_and_the_weakest_black() -> None:
+    drawn = sheet(MAP[None], plain(RED, (64, 64)))
+    assert drawn[-1, -1].tolist() == [255, 255, 255]
+    assert drawn[0, 0].max() <= 8
+
+
+@pytest.mark.parametrize(
+    ("threshold", "kept"),
+    [(0.5, [[0, 0], [0, 1]]), (0.8, [[0, 0], [1, 1]]), (0.95, [[0, 1], [1, 1]])],
+)
+def test_the_mask_keeps_the_patches_that_hold_the_mass(
+    threshold: float, kept: list[list[int]]
+) -> None:
+    # .7 alone holds half; .9 is needed for .8; and the lot but the empty patch for .95.
+    drawn = sheet(MAP[None] + 1e-7, plain(RED, (64, 64)), colormap="jet", threshold=threshold)
+    centres = drawn[16::32, 16::32]
+    assert (centres.any(axis=2)).astype(int).tolist() == kept
+
+
+def test_half_an_overlay_is_the_mean_of_both() -> None:
+    picture = noise(1, (40, 20))
+    alone, over = np.asarray(picture, dtype=float), sheet(MAP[None], picture).astype(float)
+    mixed = sheet(MAP[None], picture, overlay=0.5)
+    assert np.abs(mixed - (alone + over) / 2).max() <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("heads", "size", "expected"),
+    [
+        (1, (30, 20), (30, 20)),
+        (3, (30, 20), (98, 20)),
+        (6, (30, 20), (98, 44)),
+        (12, (20, 30), (92, 98)),
+        (3, (60, 20), (60, 68)),  # wide pictures stand below each other
+    ],
+)
+def test_heads_stand_in_a_grid(
+    heads: int, size: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    drawn = sheet(np.repeat(MAP[None], heads, axis=0), plain(RED, size))
+    assert drawn.shape[1::-1] == expected
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3000, 1), (1, 3000)])
+def test_slivers(size: tuple[int, int]) -> None:
+    drawn = sheet(MAP[None], plain(RED, size), size=16)
+    assert max(drawn.shape[:2]) == 16
+    assert min(drawn.shape[:2]) == (16 if size == (1, 1) else 1)
+
+
+def test_attention_of_nothing_is_no_division_by_zero() -> None:
+    for threshold in (None, 0.6):
+        drawn = sheet(np.zeros((1, 2, 2), dtype=np.float32), plain(RED), threshold=threshold)
+        assert not drawn.any()
