@@ -37,7 +37,7 @@ def decode(content: bytes, limits: Limits, *, param: str) -> Image.Image:
         ImageError: 413 too large, 415 no picture of an allowed format, 400 broken.
     """
     if len(content) > limits.max_bytes:
-        raise too_many_bytes(limits, param=param)
+        raise _too_many_bytes(limits, param=param)
     if not content:
         raise ImageError(f"{param} is empty", code="invalid_image", param=param)
     try:
@@ -86,7 +86,7 @@ def from_text(text: str, limits: Limits, *, param: str) -> bytes:
             )
         text = body
     if len(text) * 3 // 4 > limits.max_bytes + 3:
-        raise too_many_bytes(limits, param=param)
+        raise _too_many_bytes(limits, param=param)
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
@@ -95,16 +95,6 @@ def from_text(text: str, limits: Limits, *, param: str) -> bytes:
             code="invalid_base64",
             param=param,
         ) from error
-
-
-def too_many_bytes(limits: Limits, *, param: str) -> ImageError:
-    """The error for a picture of more bytes than allowed."""
-    return ImageError(
-        f"{param} is larger than {limits.max_bytes} bytes",
-        code="image_too_large",
-        param=param,
-        status=413,
-    )
 
 
 def thumbnail(picture: Image.Image, *, side: int = 192) -> bytes:
@@ -128,6 +118,15 @@ def _check_pixels(picture: Image.Image, limits: Limits, param: str) -> None:
     width, height = picture.size
     if width * height > limits.max_pixels:
         raise _too_many_pixels(limits, param, f"it has {width} x {height}")
+
+
+def _too_many_bytes(limits: Limits, *, param: str) -> ImageError:
+    return ImageError(
+        f"{param} is larger than {limits.max_bytes} bytes",
+        code="image_too_large",
+        param=param,
+        status=413,
+    )
 
 
 def _too_many_pixels(limits: Limits, param: str, found: str) -> ImageError:

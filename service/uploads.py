@@ -14,7 +14,6 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import RequestError, error_response
-from service.images import Limits, from_text, too_many_bytes
 from service.vision import EncodedPicture
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -89,9 +88,7 @@ async def read_json(request: Request, model: type[Body]) -> Body:
         ) from error
 
 
-async def read_upload(
-    request: Request, limits: Limits, *, max_pictures: int, described: bool = False
-) -> Upload:
+async def read_upload(request: Request, *, max_pictures: int, described: bool = False) -> Upload:
     """The pictures of a multipart form (field `image`, repeatable) or of a raw `image/*` body.
 
     Args:
@@ -117,8 +114,6 @@ async def read_upload(
         for name, value in form.multi_items():
             if isinstance(value, UploadFile) and name == "image":
                 param = f"image[{len(pictures)}]"
-                if value.size is not None and value.size > limits.max_bytes:
-                    raise too_many_bytes(limits, param=param)
                 pictures.append(EncodedPicture(content=await value.read(), param=param))
             elif isinstance(value, str) and name in fields:
                 fields[name].append(value)
@@ -134,23 +129,16 @@ async def read_upload(
     return Upload(pictures=pictures, ids=fields.get("id", []), metadata=fields.get("metadata", []))
 
 
-async def read_one(request: Request, limits: Limits) -> EncodedPicture:
+async def read_one(request: Request) -> EncodedPicture:
     """The one picture of a multipart or raw request."""
-    upload = await read_upload(request, limits, max_pictures=1)
+    upload = await read_upload(request, max_pictures=1)
     return upload.pictures[0]
 
 
-def pictures_of(
-    values: list[str], limits: Limits, *, max_pictures: int, param: str
-) -> list[EncodedPicture]:
+def pictures_of(values: list[str], *, max_pictures: int, param: str) -> list[EncodedPicture]:
     """Data URIs or base64 strings -> pictures, each named `param[i]` in errors."""
     _check_count(len(values), max_pictures, param=param)
-    return [picture_of(value, limits, param=f"{param}[{i}]") for i, value in enumerate(values)]
-
-
-def picture_of(value: str, limits: Limits, *, param: str) -> EncodedPicture:
-    """One data URI or base64 string -> picture."""
-    return EncodedPicture(content=from_text(value, limits, param=param), param=param)
+    return [EncodedPicture(content=v, param=f"{param}[{i}]") for i, v in enumerate(values)]
 
 
 def parse_metadata(text: str, *, param: str) -> dict[str, Any]:

@@ -15,10 +15,21 @@ from service.encoder import TASKS, Array, Encoder, ModelInfo, Task, batch_kind, 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedPicture:
-    """A picture as it came: `content` undecoded, `param` its place in the request."""
+    """A picture as it came.
 
-    content: bytes
+    Attributes:
+        content: undecoded; or text, a data URI or base64.
+        param: its place in the request.
+    """
+
+    content: bytes | str
     param: str
+
+    def read(self, limits: images.Limits) -> bytes:
+        """The content as bytes; raises `ImageError` for text that is no picture's."""
+        if isinstance(self.content, bytes):
+            return self.content
+        return images.from_text(self.content, limits, param=self.param)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +94,8 @@ class Vision:
         """The maps [heads, h, w] of CLS's attention in the last block, and the picture itself."""
 
         def work() -> tuple[Array, Image.Image]:
-            decoded = images.decode(picture.content, self.limits, param=picture.param)
+            content = picture.read(self.limits)
+            decoded = images.decode(content, self.limits, param=picture.param)
             return self._encoder.prepare("attention", decoded), decoded
 
         loop = asyncio.get_running_loop()
@@ -100,10 +112,11 @@ class Vision:
         """
 
         def work() -> Prepared:
-            decoded = images.decode(picture.content, self.limits, param=picture.param)
+            content = picture.read(self.limits)
+            decoded = images.decode(content, self.limits, param=picture.param)
             return Prepared(
                 inputs={task: self._encoder.prepare(task, decoded) for task in tasks},
-                content_hash=hashlib.sha256(picture.content).hexdigest(),
+                content_hash=hashlib.sha256(content).hexdigest(),
                 thumbnail=images.thumbnail(decoded) if keep_thumbnail else None,
             )
 

@@ -12,6 +12,7 @@ from service.heatmaps import Style
 from service.routes.openapi import ERRORS, picture_body
 from service.schemas import AttentionAnswer, AttentionOptions, AttentionRequest
 from service.services import Served
+from service.vision import EncodedPicture
 
 router = APIRouter(tags=["attention"])
 
@@ -40,9 +41,9 @@ async def attention(
     options = query
     if uploads.is_json(request):
         body = await uploads.read_json(request, AttentionRequest)
-        options, picture = body, uploads.picture_of(body.image, vision.limits, param="image")
+        options, picture = body, EncodedPicture(content=body.image, param="image")
     else:
-        picture = await uploads.read_one(request, vision.limits)
+        picture = await uploads.read_one(request)
     _check_head(options.head, vision.info.heads)
     maps, decoded = await vision.attention(picture)
     chosen, names = _choose(maps, options.head)

@@ -144,17 +144,17 @@ class _New:
 async def _read_images(
     request: Request, services: Services, query: ImageOptions
 ) -> Sequence[_Incoming]:
-    limits, most = services.vision.limits, services.settings.max_request_images
+    most = services.settings.max_request_images
     if uploads.is_json(request):
         body = await uploads.read_json(request, NewImages)
         pictures = uploads.pictures_of(
-            [image.image for image in body.images], limits, max_pictures=most, param="images"
+            [image.image for image in body.images], max_pictures=most, param="images"
         )
         return [
             _Incoming(picture=picture, id=image.id, metadata=image.metadata)
             for picture, image in zip(pictures, body.images, strict=True)
         ]
-    upload = await uploads.read_upload(request, limits, max_pictures=most, described=True)
+    upload = await uploads.read_upload(request, max_pictures=most, described=True)
     ids: list[str] = upload.ids or ([query.id] if query.id is not None else [])
     texts = upload.metadata or ([query.metadata] if query.metadata is not None else [])
     for name, values in (("id", ids), ("metadata", texts)):

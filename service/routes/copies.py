@@ -10,6 +10,7 @@ from service import uploads
 from service.routes.openapi import ERRORS, picture_body
 from service.schemas import CopyAnswer, CopyMatch, CopyOptions, CopyRequest
 from service.services import Served
+from service.vision import EncodedPicture
 
 router = APIRouter(prefix="/v1/collections/{name}", tags=["copies"], responses=ERRORS)
 
@@ -24,9 +25,9 @@ async def copies(
     if uploads.is_json(request):
         body = await uploads.read_json(request, CopyRequest)
         options = body
-        picture = uploads.picture_of(body.image, services.vision.limits, param="image")
+        picture = EncodedPicture(content=body.image, param="image")
     else:
-        picture = await uploads.read_one(request, services.vision.limits)
+        picture = await uploads.read_one(request)
     vector = (await services.vision.encode("copy", [picture]))[0]
 
     def find() -> list[Match]:

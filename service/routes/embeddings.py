@@ -32,10 +32,10 @@ async def embed(
     if uploads.is_json(request):
         body = await uploads.read_json(request, EmbeddingRequest)
         _check_dimensions(body.dimensions, services.spaces[body.feature])
-        pictures = uploads.pictures_of(body.input, vision.limits, max_pictures=most, param="input")
+        pictures = uploads.pictures_of(body.input, max_pictures=most, param="input")
         options = body
     else:
-        upload = await uploads.read_upload(request, vision.limits, max_pictures=most)
+        upload = await uploads.read_upload(request, max_pictures=most)
         pictures = upload.pictures
     services.check_model(options.model)
     vectors = await vision.encode(options.feature, pictures)

@@ -41,7 +41,7 @@ async def search(
         options = body
         vector, exclude = await _vector_of(body, collection, services)
     else:
-        picture = await uploads.read_one(request, services.vision.limits)
+        picture = await uploads.read_one(request)
         vector = await _embed(picture, services)
 
     def find() -> list[Match]:
@@ -62,9 +62,9 @@ async def classify(
     if uploads.is_json(request):
         body = await uploads.read_json(request, ClassifyRequest)
         options = body
-        picture = uploads.picture_of(body.image, services.vision.limits, param="image")
+        picture = EncodedPicture(content=body.image, param="image")
     else:
-        picture = await uploads.read_one(request, services.vision.limits)
+        picture = await uploads.read_one(request)
     label = options.label
     if label is None:
         raise RequestError(
@@ -118,7 +118,7 @@ async def _vector_of(
             param=given[1] if len(given) > 1 else None,
         )
     if body.image is not None:
-        picture = uploads.picture_of(body.image, services.vision.limits, param="image")
+        picture = EncodedPicture(content=body.image, param="image")
         return await _embed(picture, services), []
     if body.id is not None:
         record_id = body.id

@@ -43,8 +43,7 @@ async def test_base64_with_line_breaks(client: httpx.AsyncClient) -> None:
     broken = base64.encodebytes(png(1)).decode()
     assert "\n" in broken.strip()
     answers = [
-        json_of(await client.post(URL, json={"input": text}))
-        for text in (broken, data_uri(png(1)))
+        json_of(await client.post(URL, json={"input": text})) for text in (broken, data_uri(png(1)))
     ]
     assert answers[0] == answers[1]
 

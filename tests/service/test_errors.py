@@ -1,0 +1,232 @@
+"""Every error has the one shape, on every route."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+
+from service.app import create_app
+from service.settings import Settings
+from tests.service.answers import error_of, json_of
+from tests.service.conftest import Serve
+from tests.service.fakes import FakeEncoder
+from tests.service.pictures import as_base64, data_uri, png
+
+pytestmark = pytest.mark.anyio
+
+
+def filled_in(path: str) -> str:
+    return path.replace("{name}", "default").replace("{id}", "a")
+
+
+API = create_app(Settings(_env_file=None), encoder=FakeEncoder()).openapi()
+ROUTES = [(path, method.upper()) for path, item in API["paths"].items() for method in item]
+BODIES = [filled_in(path) for path, item in API["paths"].items() if "requestBody" in str(item)]
+
+
+def test_the_routes_are_those_of_the_contract() -> None:
+    assert set(ROUTES) >= {
+        ("/healthz", "GET"),
+        ("/readyz", "GET"),
+        ("/v1/models", "GET"),
+        ("/v1/embeddings", "POST"),
+        ("/v1/attention", "POST"),
+        ("/v1/collections", "GET"),
+        ("/v1/collections/{name}", "PUT"),
+        ("/v1/collections/{name}", "GET"),
+        ("/v1/collections/{name}", "DELETE"),
+        ("/v1/collections/{name}/images", "POST"),
+        ("/v1/collections/{name}/images", "GET"),
+        ("/v1/collections/{name}/images/{id}", "GET"),
+        ("/v1/collections/{name}/images/{id}", "DELETE"),
+        ("/v1/collections/{name}/search", "POST"),
+        ("/v1/collections/{name}/copies", "POST"),
+        ("/v1/collections/{name}/classify", "POST"),
+    }
+    assert len(BODIES) == 6
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "PATCH"])
+async def test_unknown_paths(client: httpx.AsyncClient, method: str) -> None:
+    for path in ("/v1/nothing", "/v2/embeddings", "/nothing.html", "/v1/collections/a/nothing"):
+        error = error_of(await client.request(method, path), 404, "not_found")
+        assert error["type"] == "not_found_error"
+        assert path in error["message"]
+
+
+async def test_wrong_methods(client: httpx.AsyncClient) -> None:
+    for path, item in API["paths"].items():
+        allowed = {method.upper() for method in item}
+        for method in {"GET", "POST", "PUT", "DELETE", "PATCH"} - allowed:
+            response = await client.request(method, path)
+            error_of(response, 405, "method_not_allowed")
+            assert set(response.headers["allow"].split(", ")) <= allowed
+
+
+async def test_the_page_is_served(client: httpx.AsyncClient) -> None:
+    response = await client.get("/")
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/html")
+    assert (await client.head("/")).status_code == 200
+    assert (await client.get("/openapi.json")).json() == API
+
+
+async def send(
+    client: httpx.AsyncClient, path: str, content: bytes, kind: str | None
+) -> httpx.Response:
+    headers = {"Content-Type": kind} if kind else {}
+    return await client.post(path, content=content, headers=headers)
+
+
+async def test_bodies_that_are_nothing(client: httpx.AsyncClient) -> None:
+    for path in BODIES:
+        for text in (b"", b"{", b"\xff\xfe", b"nonsense", b"[" * 100_000, b"9" * 5000):
+            error_of(await send(client, path, text, "application/json"), 400, "invalid_json")
+        for text in (b"null", b"5", b'"text"', b"[]", b"[{}]", b"true", b"NaN"):
+            error_of(await send(client, path, text, "application/json"), 422, "invalid_parameter")
+        for kind in (
+            None,
+            "text/plain",
+            "application/xml",
+            "application/x-www-form-urlencoded",
+            "x",
+        ):
+            error_of(await send(client, path, b"a=b", kind), 415, "unsupported_media_type")
+        error_of(await send(client, path, b"", None), 415, "unsupported_media_type")
+        for kind in ("image/png", "application/octet-stream"):
+            error_of(await send(client, path, b"", kind), 400)
+        for kind in ("multipart/form-data", "multipart/form-data; boundary=x"):
+            for content in (b"", b"nonsense", b"--x\r\n", b"--x--\r\n"):
+                error_of(await send(client, path, content, kind), 400)
+
+
+async def test_surprising_text(client: httpx.AsyncClient) -> None:
+    for path in BODIES:
+        half = '"\\ud800"'  # half of a surrogate pair: JSON allows it, UTF-8 cannot say it
+        for text in (
+            f'{{{half}: 1, "image": "x"}}',
+            f'{{"image": {half}, "input": {half}, "images": [{{"image": {half}}}]}}',
+            f'{{"image": "{as_base64(png(1))}", "label": {half}, "id": {half}}}',
+            f'{{"images": [{{"image": "{as_base64(png(1))}", "id": {half}}}]}}',
+            f'{{"images": [{{"image": "{as_base64(png(1))}", "metadata": {{"a": {half}}}}}]}}',
+            f'{{"images": [{{"image": "{as_base64(png(1))}", "metadata": {{{half}: 1}}}}]}}',
+        ):
+            response = await send(client, path, text.encode(), "application/json")
+            error_of(response, response.status_code)
+            assert response.status_code in (400, 422)
+
+
+async def test_unknown_options(client: httpx.AsyncClient) -> None:
+    for path in BODIES:
+        response = await client.post(
+            path,
+            params={"colour": "red"},
+            content=png(1),
+            headers={"Content-Type": "image/png"},
+        )
+        assert error_of(response, 422, "invalid_parameter")["param"] == "colour"
+        response = await client.post(
+            path, files={"image": ("a.png", png(1))}, data={"colour": "red"}
+        )
+        assert error_of(response, 400, "unknown_field")["param"] == "colour"
+        picture = data_uri(png(1))
+        body = {"image": picture, "input": picture, "images": [{"image": picture}]}
+        response = await client.post(path, json={**body, "colour": "red"})
+        error_of(response, 422, "invalid_parameter")
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize(
+    "kind", ["image/png", "application/json", "multipart/form-data; boundary=x"]
+)
+async def test_a_body_over_the_limit(serve: Serve, told: bool, kind: str) -> None:
+    read: list[int] = []
+
+    async def body() -> AsyncIterator[bytes]:
+        start = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+        yield start if kind.startswith("multipart") else b'{"a": "'
+        for _ in range(100):
+            read.append(1000)
+            yield b"x" * 1000
+
+    async with serve(max_request_bytes=10_000) as client:
+        for path in ("/v1/embeddings", "/v1/collections/default/images"):
+            read.clear()
+            headers = {"Content-Type": kind}
+            content: Any = b"x" * 10_001 if told else body()
+            response = await client.post(path, content=content, headers=headers)
+            assert ("content-length" in response.request.headers) is told
+            error = error_of(response, 413, "request_too_large")
+            assert "10000" in error["message"]
+            assert len(read) <= 12  # it did not wait for the rest
+        response = await client.post(
+            "/v1/embeddings", content=b"x" * 10_000, headers={"Content-Type": "image/png"}
+        )
+        error_of(response, 415, "unsupported_image")
+
+
+async def test_a_lying_content_length_does_not_help(serve: Serve) -> None:
+    async with serve(max_request_bytes=1000) as client:
+        for told in ("5", "-5", "five"):
+            response = await client.post(
+                "/v1/embeddings",
+                content=b"x" * 1001,
+                headers={"Content-Type": "image/png", "Content-Length": told},
+            )
+            error_of(response, 413, "request_too_large")
+
+
+async def test_too_large_pictures(serve: Serve) -> None:
+    content = png(1, (100, 100))
+    async with serve(max_image_bytes=len(content) - 1) as client:
+        for request, param in (
+            ({"files": {"image": ("a.png", content)}}, "image[0]"),
+            ({"content": content, "headers": {"Content-Type": "image/png"}}, "body"),
+            ({"json": {"input": data_uri(content)}}, "input[0]"),
+        ):
+            response = await client.post("/v1/embeddings", **request)
+            assert error_of(response, 413, "image_too_large")["param"] == param
+    async with serve(max_image_bytes=len(content), max_image_pixels=9999) as client:
+        response = await client.post("/v1/embeddings", json={"input": data_uri(content)})
+        assert "100 x 100" in error_of(response, 413, "image_too_large")["message"]
+    async with serve(max_image_bytes=len(content), max_image_pixels=10_000) as client:
+        json_of(await client.post("/v1/embeddings", json={"input": data_uri(content)}))
+
+
+async def test_a_picture_too_large_fails_alone_in_an_upload(serve: Serve) -> None:
+    large, small = png(1, (200, 200)), png(2)
+    async with serve(max_image_bytes=len(large) - 1) as client:
+        files = [("image", ("a", small)), ("image", ("b", large))]
+        answer = json_of(await client.post("/v1/collections/default/images", files=files))
+        assert [one["outcome"] for one in answer["images"]] == ["created", "failed"]
+        assert answer["images"][1]["error"]["code"] == "image_too_large"
+        body = {"images": [{"image": data_uri(large)}, {"image": data_uri(small), "id": "b"}]}
+        answer = json_of(await client.post("/v1/collections/default/images", json=body))
+        assert [one["outcome"] for one in answer["images"]] == ["failed", "created"]
+
+
+async def test_the_services_own_errors_are_not_told(serve: Serve, encoder: FakeEncoder) -> None:
+    async with serve(raise_errors=False) as client:
+
+        def explode(*_: object) -> Any:
+            raise KeyError("a secret")
+
+        encoder.prepare = explode  # type: ignore[method-assign]
+        response = await client.post("/v1/embeddings", json={"input": data_uri(png(1))})
+        assert "secret" not in response.text
+        assert error_of(response, 500, "internal_error")["type"] == "server_error"
+        assert json_of(await client.get("/healthz"))["status"] == "ok"
+
+
+async def test_a_failing_model_is_a_503_and_the_next_request_works(
+    client: httpx.AsyncClient, encoder: FakeEncoder
+) -> None:
+    encoder.failure = RuntimeError("a secret of the device")
+    body = {"input": data_uri(png(1))}
+    response = await client.post("/v1/embeddings", json=body)
+    assert "secret" not in response.text
+    error_of(response, 503, "model_failed")
+    encoder.failure = None
+    json_of(await client.post("/v1/embeddings", json=body))
+    assert json_of(await client.get("/readyz"))["status"] == "ok"
