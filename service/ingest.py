@@ -96,9 +96,10 @@ async def _send_all(
         async def work() -> None:
             for path in waiting:
                 try:
+                    path.encode()  # names that are not text cannot be ids
                     content = await asyncio.to_thread((folder / path).read_bytes)
-                except OSError as error:
-                    refused.append((path, f"cannot be read: {error.strerror}"))
+                except (OSError, UnicodeEncodeError) as error:
+                    refused.append((path, f"cannot be read: {error}"))
                     outcome = "refused"
                 else:
                     if known.get(path) == hashlib.sha256(content).hexdigest():

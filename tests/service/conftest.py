@@ -14,7 +14,7 @@ from tests.service.fakes import FakeEncoder
 Serve = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
 
@@ -57,3 +57,22 @@ def serve(make_app: Callable[..., FastAPI], encoder: FakeEncoder) -> Serve:
 async def client(serve: Serve) -> AsyncIterator[httpx.AsyncClient]:
     async with serve() as opened:
         yield opened
+
+
+@pytest.fixture(scope="module")
+def shared_encoder() -> FakeEncoder:
+    return FakeEncoder()
+
+
+@pytest.fixture(scope="module")
+async def shared_client(
+    shared_encoder: FakeEncoder, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[httpx.AsyncClient]:
+    """One application for a module whose tests leave nothing behind; starting one takes time."""
+    settings = Settings(_env_file=None, data_dir=tmp_path_factory.mktemp("shared"))
+    app = create_app(settings, encoder=shared_encoder)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client,
+    ):
+        yield client

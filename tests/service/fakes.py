@@ -9,7 +9,7 @@ from PIL import Image
 
 from service.encoder import Array, ModelInfo, Task
 
-PATIENCE_S = 20.0  # longest wait for an event that is bound to come; ends a test that would hang
+PATIENCE_S = 60.0  # longest wait for an event that is bound to come; ends a test that would hang
 
 
 class FakeEncoder:

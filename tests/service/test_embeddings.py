@@ -14,6 +14,17 @@ pytestmark = pytest.mark.anyio
 URL = "/v1/embeddings"
 
 
+@pytest.fixture
+def encoder(shared_encoder: FakeEncoder) -> FakeEncoder:
+    shared_encoder.calls.clear()
+    return shared_encoder
+
+
+@pytest.fixture
+def client(shared_client: httpx.AsyncClient) -> httpx.AsyncClient:
+    return shared_client
+
+
 def vectors_of(answer: dict[str, Any]) -> np.ndarray:
     return np.array([one["embedding"] for one in answer["data"]])
 

@@ -16,6 +16,17 @@ from tests.service.pictures import as_base64, data_uri, png
 pytestmark = pytest.mark.anyio
 
 
+@pytest.fixture
+def encoder(shared_encoder: FakeEncoder) -> FakeEncoder:
+    shared_encoder.calls.clear()
+    return shared_encoder
+
+
+@pytest.fixture
+def client(shared_client: httpx.AsyncClient) -> httpx.AsyncClient:
+    return shared_client
+
+
 def filled_in(path: str) -> str:
     return path.replace("{name}", "default").replace("{id}", "a")
 
@@ -206,13 +217,15 @@ async def test_a_picture_too_large_fails_alone_in_an_upload(serve: Serve) -> Non
         assert [one["outcome"] for one in answer["images"]] == ["failed", "created"]
 
 
-async def test_the_services_own_errors_are_not_told(serve: Serve, encoder: FakeEncoder) -> None:
+async def test_the_services_own_errors_are_not_told(
+    serve: Serve, encoder: FakeEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with serve(raise_errors=False) as client:
 
         def explode(*_: object) -> Any:
             raise KeyError("a secret")
 
-        encoder.prepare = explode  # type: ignore[method-assign]
+        monkeypatch.setattr(encoder, "prepare", explode)
         response = await client.post("/v1/embeddings", json={"input": data_uri(png(1))})
         assert "secret" not in response.text
         assert error_of(response, 500, "internal_error")["type"] == "server_error"

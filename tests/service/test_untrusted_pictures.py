@@ -29,6 +29,17 @@ pytestmark = pytest.mark.anyio
 RAW = {"Content-Type": "application/octet-stream"}
 
 
+@pytest.fixture
+def encoder(shared_encoder: FakeEncoder) -> FakeEncoder:
+    shared_encoder.calls.clear()
+    return shared_encoder
+
+
+@pytest.fixture
+def client(shared_client: httpx.AsyncClient) -> httpx.AsyncClient:
+    return shared_client
+
+
 async def seen(client: httpx.AsyncClient, content: bytes) -> np.ndarray:
     """The picture as the service sees it, [H, W, 3]: attention without any overlay."""
     response = await client.post(
@@ -51,7 +62,7 @@ def far(one: np.ndarray, picture: Image.Image) -> float:
         ("TIFF", {"compression": "tiff_lzw"}, 0),
         ("WEBP", {"lossless": True}, 0),
         ("JPEG", {"quality": 95, "subsampling": 0}, 8),
-        ("AVIF", {"quality": 95}, 20),
+        ("AVIF", {"quality": 95, "subsampling": "4:4:4"}, 12),
         ("GIF", {}, 60),
     ],
 )
@@ -158,7 +169,7 @@ JPEG = encoded(noise(1, (64, 64)), "JPEG")
         (png_header(60_000, 60_000), 413, "image_too_large"),
         (png_header(11_000, 10_000), 413, "image_too_large"),
         (png_header(2**31 - 1, 2**31 - 1), 413, "image_too_large"),
-        (png_header(0, 10), 400, "invalid_image"),
+        (png_header(0, 10), 415, "unsupported_image"),
     ],
     ids=lambda value: value[:12].hex() if isinstance(value, bytes) else None,
 )

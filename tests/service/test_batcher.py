@@ -1,0 +1,180 @@
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from service.batcher import Batcher, BatcherClosed, BatchFailed, QueueFull
+from tests.service.fakes import PATIENCE_S
+
+pytestmark = pytest.mark.anyio
+
+
+class Model:
+    """Records its batches, and waits at `gate` in each."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[Hashable, list[int]]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Semaphore(0)
+
+    def run(self, kind: Hashable, items: Sequence[int]) -> list[tuple[Hashable, int]]:
+        self.batches.append((kind, list(items)))
+        self.entered.release()
+        assert self.gate.wait(PATIENCE_S)
+        if -1 in items:
+            raise RuntimeError("no")
+        return [(kind, item) for item in items if item != -2]
+
+    async def wait_until_busy(self) -> None:
+        assert await asyncio.to_thread(self.entered.acquire, timeout=PATIENCE_S)
+
+
+@pytest.fixture
+def model() -> Model:
+    return Model()
+
+
+@pytest.fixture
+def make(model: Model) -> Iterator[Callable[..., Batcher[int, Any]]]:
+    made: list[Batcher[int, Any]] = []
+
+    def batcher(max_batch: int = 8, max_waiting: int = 100) -> Batcher[int, Any]:
+        made.append(Batcher(model.run, max_batch=max_batch, max_waiting=max_waiting))
+        return made[-1]
+
+    yield batcher
+    model.gate.set()
+    for one in made:
+        one.close()
+        assert not one.alive
+
+
+async def start(*work: Awaitable[Any]) -> list["asyncio.Task[Any]"]:
+    """Runs each up to its first wait: `submit` has its places then."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    await asyncio.sleep(0)
+    return tasks
+
+
+async def test_a_lone_request_waits_for_nobody(make: Any, model: Model) -> None:
+    assert await make().submit("a", [3, 1, 2]) == [("a", 3), ("a", 1), ("a", 2)]
+    assert model.batches == [("a", [3, 1, 2])]
+    assert await make().submit("a", []) == []
+
+
+async def test_what_gathers_while_the_model_is_busy_shares_a_call(make: Any, model: Model) -> None:
+    batcher = make(max_batch=4)
+    model.gate.clear()
+    first = await start(batcher.submit("a", [0]))
+    await model.wait_until_busy()
+    others = await start(*(batcher.submit("a", [i, -i - 10]) for i in range(1, 4)))
+    model.gate.set()
+    results = await asyncio.gather(*first, *others)
+    assert results == [[("a", 0)], *([("a", i), ("a", -i - 10)] for i in range(1, 4))]
+    assert model.batches == [("a", [0]), ("a", [1, -11, 2, -12]), ("a", [3, -13])]
+
+
+async def test_kinds_never_mix_and_the_oldest_goes_first(make: Any, model: Model) -> None:
+    batcher = make()
+    model.gate.clear()
+    tasks = await start(batcher.submit("a", [0]))
+    await model.wait_until_busy()
+    tasks += await start(
+        batcher.submit("b", [1]), batcher.submit("a", [2]), batcher.submit("b", [3])
+    )
+    model.gate.set()
+    assert await asyncio.gather(*tasks) == [[("a", 0)], [("b", 1)], [("a", 2)], [("b", 3)]]
+    assert model.batches == [("a", [0]), ("b", [1, 3]), ("a", [2])]
+
+
+@pytest.mark.parametrize("poison", [-1, -2])  # an error; a result too few
+async def test_failure_reaches_its_own_batch_alone(make: Any, model: Model, poison: int) -> None:
+    batcher = make(max_batch=2)
+    model.gate.clear()
+    tasks = await start(batcher.submit("a", [0]))
+    await model.wait_until_busy()
+    tasks += await start(
+        batcher.submit("a", [1, poison]), batcher.submit("b", [2]), batcher.submit("a", [3])
+    )
+    model.gate.set()
+    good, bad, other, later = await asyncio.gather(*tasks, return_exceptions=True)
+    assert (good, other, later) == ([("a", 0)], [("b", 2)], [("a", 3)])
+    assert isinstance(bad, BatchFailed)
+    assert isinstance(bad.__cause__, RuntimeError if poison == -1 else ValueError)
+    assert batcher.alive
+    assert await batcher.submit("a", [4]) == [("a", 4)]
+
+
+async def test_a_request_takes_all_its_places_or_none(make: Any, model: Model) -> None:
+    batcher = make(max_waiting=3)
+    model.gate.clear()
+    tasks = await start(batcher.submit("a", [0]))
+    await model.wait_until_busy()  # what runs takes no place
+    tasks += await start(batcher.submit("a", [1, 2]))
+    with pytest.raises(QueueFull, match="3 pictures") as caught:
+        await batcher.submit("a", [3, 4])
+    assert caught.value.retry_after_s >= 1
+    tasks += await start(batcher.submit("a", [5]))
+    with pytest.raises(QueueFull):
+        await batcher.submit("b", [6])
+    model.gate.set()
+    await asyncio.gather(*tasks)
+    assert model.batches == [("a", [0]), ("a", [1, 2, 5])]
+
+
+async def test_a_cancelled_request_frees_its_places_at_once(make: Any, model: Model) -> None:
+    batcher = make(max_waiting=2)
+    model.gate.clear()
+    (running,) = await start(batcher.submit("a", [0]))
+    await model.wait_until_busy()
+    (waiting,) = await start(batcher.submit("a", [1, 2]))
+    running.cancel()  # too late for the model, which must not stumble over it
+    waiting.cancel()
+    assert [type(r) for r in await asyncio.gather(running, waiting, return_exceptions=True)] == [
+        asyncio.CancelledError
+    ] * 2
+    (later,) = await start(batcher.submit("a", [3, 4]))
+    model.gate.set()
+    assert await later == [("a", 3), ("a", 4)]
+    assert model.batches == [("a", [0]), ("a", [3, 4])]
+
+
+async def test_closing_finishes_what_waits_and_refuses_what_comes(make: Any, model: Model) -> None:
+    batcher = make(max_batch=1)
+    model.gate.clear()
+    tasks = await start(
+        batcher.submit("a", [0]), batcher.submit("a", [1]), batcher.submit("b", [2])
+    )
+    await model.wait_until_busy()
+    closing = asyncio.ensure_future(asyncio.to_thread(batcher.close))
+    while not batcher._closed:
+        await asyncio.sleep(0)
+    with pytest.raises(BatcherClosed):
+        await batcher.submit("a", [3])
+    assert not closing.done()
+    model.gate.set()
+    assert await asyncio.gather(*tasks) == [[("a", 0)], [("a", 1)], [("b", 2)]]
+    await closing
+    assert not batcher.alive
+    with pytest.raises(BatcherClosed):
+        await batcher.submit("a", [4])
+
+
+async def test_callers_in_many_loops(make: Any, model: Model) -> None:
+    batcher = make(max_batch=5)
+
+    def work(number: int) -> list[list[Any]]:
+        async def ask() -> list[list[Any]]:
+            items = [[number, number * 10 + i] for i in range(5)]
+            return await asyncio.gather(*(batcher.submit(number % 2, one) for one in items))
+
+        return asyncio.run(ask())
+
+    answers = await asyncio.gather(*(asyncio.to_thread(work, n) for n in range(1, 9)))
+    for number, answer in enumerate(answers, 1):
+        assert answer == [[(number % 2, number), (number % 2, number * 10 + i)] for i in range(5)]
+    assert sum(len(items) for _, items in model.batches) == 8 * 5 * 2
+    assert max(len(items) for _, items in model.batches) <= 5
