@@ -81,6 +81,7 @@ class Preprocess:
 
     def centre_crop(self, picture: Image.Image) -> Tensor:
         """The evaluation's view [C, crop, crop]: short side to `resize`, then the centre square."""
+        picture = _without_far_ends(picture)
         width, height = picture.size
         scale = self.resize / min(width, height)
         # The long side is rounded down, as torchvision's Resize does it.
@@ -125,3 +126,16 @@ class Preprocess:
         if mode is None:
             raise ValueError(f"pictures of {len(self.mean)} channels cannot be made from files")
         return picture if picture.mode == mode else picture.convert(mode)
+
+
+def _without_far_ends(picture: Image.Image, *, ratio: int = 64) -> Image.Image:
+    """Cuts a sliver to its middle, of which the centre crop is a part, before it is enlarged.
+
+    Enlarging a picture of 30,000 x 1 until its short side fits would take gigabytes.
+    """
+    width, height = picture.size
+    most = ratio * min(width, height)
+    if max(width, height) <= most:
+        return picture
+    left, top = max(0, (width - most) // 2), max(0, (height - most) // 2)
+    return picture.crop((left, top, left + min(width, most), top + min(height, most)))

@@ -18,7 +18,7 @@ def main() -> int:
         settings = Settings()
     except ValidationError as error:
         for fault in error.errors():
-            name = "DINOSCOPE_" + "_".join(str(part) for part in fault["loc"]).upper()
+            name = "_".join(["DINOSCOPE", *(str(part).upper() for part in fault["loc"])])
             print(f"error: {name} = {fault['input']!r}: {fault['msg']}", file=sys.stderr)
         return 2
     logging.basicConfig(

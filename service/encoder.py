@@ -51,6 +51,9 @@ class Encoder(Protocol):
         Runs in the model's one thread.
         """
 
+    def similarity(self, cls: Array) -> Array:
+        """CLS embeddings [n, D] of any length -> what collections hold and search, [n, D]."""
+
 
 class TorchEncoder:
     """The encoder of a loaded model, in float32, in evaluation mode.
@@ -75,6 +78,7 @@ class TorchEncoder:
         artifact = model.artifact
         self._network = artifact.network().to(self._device)
         self._preprocess = artifact.preprocess
+        self._whitening = artifact.whitening
         self._patch = artifact.architecture.patch_size
         self._attention_pixels = attention_pixels or round(artifact.preprocess.crop * 480 / 224)
         self.info = ModelInfo(
@@ -111,6 +115,12 @@ class TorchEncoder:
             features = self._network(batch)
             vectors = features.cls if task == "cls" else copy_descriptor(features)
             return list(vectors.float().cpu().numpy())
+
+    def similarity(self, cls: Array) -> Array:
+        """See `Encoder`: whitened where the model brings a whitening, else as they are."""
+        if self._whitening is None:
+            return cls
+        return self._whitening.apply(torch.from_numpy(cls)).numpy()
 
 
 def batch_kind(task: Task, prepared: Array) -> Hashable:

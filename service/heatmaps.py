@@ -39,7 +39,7 @@ def draw(maps: Maps, picture: Image.Image, style: Style) -> bytes:
     """Maps [A, h, w] over the picture, in its own aspect ratio; PNG, a grid where A > 1."""
     scale = style.size / max(picture.size)
     width, height = (max(1, round(side * scale)) for side in picture.size)
-    background = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
+    background = picture.resize((width, height), Image.Resampling.BICUBIC)
     tiles = [_tile(one, background, style) for one in maps]
     columns = math.ceil(math.sqrt(len(tiles))) if width <= 2 * height else 1
     if len(tiles) <= 3 and width <= 2 * height:
@@ -58,20 +58,15 @@ def draw(maps: Maps, picture: Image.Image, style: Style) -> bytes:
     return buffer.getvalue()
 
 
-def _tile(
-    attention: npt.NDArray[np.float32], background: npt.NDArray[np.uint8], style: Style
-) -> Image.Image:
-    height, width = background.shape[:2]
-    heat = _resize(attention / max(float(attention.max()), 1e-12), width, height)
-    colours = matplotlib.colormaps[style.colormap](heat)[..., :3] * 255.0
-    strength = np.full((height, width, 1), style.overlay)
+def _tile(attention: npt.NDArray[np.float32], background: Image.Image, style: Style) -> Image.Image:
+    heat = _resize(attention / max(float(attention.max()), 1e-12), *background.size)
+    colours = matplotlib.colormaps[style.colormap](heat, bytes=True)[..., :3]
     if style.threshold is not None:
         mask = mass_mask(torch.from_numpy(attention.reshape(1, -1)), style.threshold)
         kept = Image.fromarray(mask.numpy().reshape(attention.shape).astype(np.uint8) * 255)
-        inside = np.asarray(kept.resize((width, height), Image.Resampling.NEAREST)) > 0
-        colours = np.where(inside[..., None], colours, 0.0)  # what is left out goes dark
-    blended = background * (1.0 - strength) + colours * strength
-    return Image.fromarray(blended.round().astype(np.uint8))
+        inside = np.asarray(kept.resize(background.size, Image.Resampling.NEAREST)) > 0
+        colours = np.where(inside[..., None], colours, np.uint8(0))  # what is left out goes dark
+    return Image.blend(background, Image.fromarray(colours), style.overlay)
 
 
 def _resize(values: npt.NDArray[np.float32], width: int, height: int) -> npt.NDArray[np.float32]:

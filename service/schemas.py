@@ -112,7 +112,7 @@ class AttentionOptions(Options):
         default=0.6, ge=0.0, le=1.0, description="strength over the picture; 1 is the map alone"
     )
     size: int | None = Field(
-        default=None, ge=16, le=4096, description="long side of each map in pixels; default: own"
+        default=None, ge=16, le=2048, description="long side of each map in pixels; default: own"
     )
 
 

@@ -1,9 +1,9 @@
 """The service's settings: the only reader of the environment (prefix DINOSCOPE_) and of `.env`."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -51,3 +51,13 @@ class Settings(BaseSettings):
     log_level: Literal["critical", "error", "warning", "info", "debug"] = Field(
         default="info", description="what is logged"
     )
+
+    @model_validator(mode="after")
+    def _queue_holds_a_request(self) -> Self:
+        needed = 2 * self.max_request_images  # an upload asks for CLS and the copy descriptor
+        if self.max_queue < needed:
+            raise ValueError(
+                f"max_queue is {self.max_queue}; the largest request needs {needed} places "
+                f"(2 x max_request_images, {self.max_request_images})"
+            )
+        return self

@@ -73,9 +73,16 @@ async def read_json(request: Request, model: type[Body]) -> Body:
     """The body as `model`.
 
     Raises:
-        RequestError: a body that is not JSON.
+        RequestError: a body that is not JSON, or options in the query string beside it.
         RequestValidationError: JSON that is not a `model`.
     """
+    if request.query_params:
+        name = next(iter(request.query_params))
+        raise RequestError(
+            f"{name!r} stands in the query string; with a JSON body, options are fields of it",
+            code="invalid_parameter",
+            param=name,
+        )
     try:
         value = json.loads(await request.body())
     except (ValueError, RecursionError) as error:

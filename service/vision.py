@@ -90,6 +90,10 @@ class Vision:
             prepared.append(result)
         return await self.run(task, [p.inputs[task] for p in prepared])
 
+    def similarity(self, cls: Array) -> Array:
+        """CLS embeddings [n, D] -> the vectors that collections hold; see `Encoder`."""
+        return self._encoder.similarity(cls)
+
     async def attention(self, picture: EncodedPicture) -> tuple[Array, Image.Image]:
         """The maps [heads, h, w] of CLS's attention in the last block, and the picture itself."""
 

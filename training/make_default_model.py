@@ -12,11 +12,12 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from backbone.artifact import Artifact, ArtifactError
 from backbone.preprocess import Preprocess
@@ -90,7 +91,7 @@ def measure(
     untrained = embedder(dataclasses.replace(artifact, weights=weights), device)
     trained = embedder(artifact, device)
     view, pixels = artifact.preprocess.centre_crop, Preprocess(resize=PIXELS, crop=PIXELS)
-    methods = {
+    methods: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]] = {
         "model": (view, trained),
         "untrained": (view, untrained),
         "pixels": (pixels.centre_crop, partial(torch.flatten, start_dim=1)),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import anyio.to_thread
+import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 
 from index.collection import Collection, NewRecord, Record
@@ -207,15 +208,18 @@ def _find(collection: Collection, record_id: str) -> Record | None:
 
 
 async def _store(collection: Collection, services: Services, new: Sequence[_New]) -> list[Any]:
+    if not new:
+        return []
     vision = services.vision
     cls, copy = await asyncio.gather(
         vision.run("cls", [one.prepared.inputs["cls"] for one in new]),
         vision.run("copy", [one.prepared.inputs["copy"] for one in new]),
     )
+    similar = vision.similarity(np.stack(cls))
     records = [
         NewRecord(
             id=one.record_id,
-            vectors={"cls": cls[i], "copy": copy[i]},
+            vectors={"cls": similar[i], "copy": copy[i]},
             metadata=one.metadata,
             content_hash=one.prepared.content_hash,
             thumbnail=one.prepared.thumbnail,

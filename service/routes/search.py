@@ -2,10 +2,12 @@
 
 import json
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import anyio.to_thread
+import numpy as np
 from fastapi import APIRouter, Query, Request
+from numpy.typing import ArrayLike
 
 from index.collection import Collection, Match
 from service import uploads
@@ -127,8 +129,23 @@ async def _vector_of(
             return collection.get(record_id, with_vectors=True).vectors["cls"]
 
         return await anyio.to_thread.run_sync(load), [record_id]
-    return body.vector, []
+    return _similarity(body.vector or [], services), []
 
 
 async def _embed(picture: EncodedPicture, services: Services) -> Array:
-    return (await services.vision.encode("cls", [picture]))[0]
+    return _similarity((await services.vision.encode("cls", [picture]))[0], services)
+
+
+def _similarity(cls: ArrayLike, services: Services) -> Array:
+    """What the collection compares, of a CLS embedding of any length.
+
+    What is no embedding goes on as it is: the collection says what is wrong with it.
+    """
+    given = np.asarray(cls, dtype=np.float64)
+    largest = float(np.abs(given).max(initial=0.0))
+    usable = 0.0 < largest <= float(np.finfo(np.float32).max)
+    if given.shape != (services.vision.info.embedding_size,) or not usable:
+        return cast(Array, given)
+    scaled: Array = (given / largest).astype(np.float32)
+    similar: Array = services.vision.similarity(scaled[np.newaxis])[0]
+    return similar

@@ -9,12 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from backbone.architectures import Architecture
 from backbone.artifact import Artifact, ArtifactError, read_artifact, write_artifact
-from backbone.preprocess import Preprocess
+from tests.backbone.conftest import ARCHITECTURE, PREPROCESS
 
-ARCHITECTURE = Architecture(name="vit_tiny", patch_size=8, image_size=16)
-PREPROCESS = Preprocess(resize=18, crop=16, copy_size=24)
 HEADER: dict[str, Any] = {
     "format_version": 1,
     "architecture": asdict(ARCHITECTURE),
@@ -22,23 +19,6 @@ HEADER: dict[str, Any] = {
     "provenance": {},
     "quality": {},
 }
-
-
-@pytest.fixture(scope="module")
-def weights() -> dict[str, Tensor]:
-    torch.manual_seed(0)
-    return ARCHITECTURE.build().state_dict()
-
-
-@pytest.fixture
-def artifact(weights: dict[str, Tensor]) -> Artifact:
-    return Artifact(
-        architecture=ARCHITECTURE,
-        preprocess=PREPROCESS,
-        weights=weights,
-        provenance={"licence": "CC0-1.0", "steps": 3},
-        quality={"knn": {"20": {"top1": 50.0}}},
-    )
 
 
 def refusal(path: Path) -> str:

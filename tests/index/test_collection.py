@@ -1,6 +1,7 @@
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -439,3 +440,18 @@ def test_a_closed_collection_says_so(collection: Collection) -> None:
     ):
         with pytest.raises(CollectionNotFound, match="closed or deleted"):
             use()
+
+
+def test_thumbnails(collection: Collection) -> None:
+    collection.upsert([record("a", 1), replace(record("b", 2), thumbnail=b"small")])
+    assert collection.thumbnail("b") == b"small"
+    for without in ("a", "nobody", "\0"):
+        with pytest.raises(RecordNotFound):
+            collection.thumbnail(without)
+    collection.upsert([record("b", 3)])
+    assert collection.thumbnail("b") == b"small"  # a new version without one keeps it
+    collection.upsert([replace(record("b", 4), thumbnail=b"other")])
+    assert collection.thumbnail("b") == b"other"
+    collection.delete(["b"])
+    with pytest.raises(RecordNotFound):
+        collection.thumbnail("b")

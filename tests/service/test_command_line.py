@@ -107,6 +107,11 @@ def test_settings_come_from_the_environment_and_the_env_file(
     assert (settings.port, settings.host) == (4321, "0.0.0.0")
 
 
+def test_the_queue_must_hold_the_largest_request() -> None:
+    with pytest.raises(ValidationError, match="largest request needs 128 places"):
+        Settings(_env_file=None, max_queue=127)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

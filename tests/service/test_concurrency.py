@@ -19,16 +19,16 @@ def body(*seeds: int) -> dict[str, list[str]]:
 
 
 async def test_429_when_the_queue_is_full(serve: Serve, encoder: FakeEncoder) -> None:
-    async with serve(max_queue=2) as client:
+    async with serve(max_queue=4, max_request_images=2) as client:
         with encoder.busy() as model:
             first = asyncio.ensure_future(client.post(URL, json=body(1)))
             await asyncio.to_thread(model.wait_until_reached)
-            pair = [asyncio.ensure_future(client.post(URL, json=body(2, 3))) for _ in range(2)]
+            pair = [asyncio.ensure_future(client.post(URL, json=body(2, 3))) for _ in range(3)]
             done, waiting = await asyncio.wait(
                 pair, return_when=asyncio.FIRST_COMPLETED, timeout=PATIENCE_S
             )
             refused = done.pop().result()
-            assert not done  # the other one has a place
+            assert not done  # the other two have a place
             error = error_of(refused, 429, "queue_full")
             assert error["type"] == "rate_limit_error"
             assert int(refused.headers["retry-after"]) >= 1
@@ -39,10 +39,18 @@ async def test_429_when_the_queue_is_full(serve: Serve, encoder: FakeEncoder) ->
 
 
 async def test_a_full_queue_stores_nothing_of_an_upload(serve: Serve, encoder: FakeEncoder) -> None:
-    async with serve(max_queue=1) as client:
-        files = [("image", ("a.png", png(seed))) for seed in (1, 2)]
-        response = await client.post("/v1/collections/default/images", files=files)
-        error_of(response, 429, "queue_full")
+    async with serve(max_queue=4, max_request_images=2) as client:
+        with encoder.busy() as model:
+            first = asyncio.ensure_future(client.post(URL, json=body(1)))
+            await asyncio.to_thread(model.wait_until_reached)
+            second = asyncio.ensure_future(client.post(URL, json=body(2)))
+            await _until_waiting(client, 1)
+            files = [("image", ("a.png", png(seed))) for seed in (1, 2)]
+            response = await client.post("/v1/collections/default/images", files=files)
+            error_of(response, 429, "queue_full")
+            model.open()
+            for task in (first, second):
+                json_of(await task)
         assert json_of(await client.get("/v1/collections/default"))["count"] == 0
 
 
@@ -56,10 +64,7 @@ async def test_requests_that_come_together_share_a_call(
         attention = asyncio.ensure_future(
             client.post("/v1/attention", files={"image": ("a.png", png(1))})
         )
-        services = client._transport.app.state.services  # type: ignore[attr-defined]
-        async with asyncio.timeout(PATIENCE_S):
-            while len(services.vision._batcher._waiting) < 6:
-                await asyncio.sleep(0.001)
+        await _until_waiting(client, 6)
         model.open()
         answers = [json_of(response) for response in await asyncio.gather(first, *rest)]
         assert (await attention).status_code == 200
@@ -100,3 +105,10 @@ async def test_uploads_at_once_keep_their_pictures_apart(client: httpx.AsyncClie
         (match,) = json_of(response)["matches"]
         assert match["id"] == f"{seed}-{i}"
         assert match["score"] == pytest.approx(1.0, abs=1e-5)
+
+
+async def _until_waiting(client: httpx.AsyncClient, count: int) -> None:
+    services = client._transport.app.state.services  # type: ignore[attr-defined]
+    async with asyncio.timeout(PATIENCE_S):
+        while len(services.vision._batcher._waiting) < count:
+            await asyncio.sleep(0.001)
