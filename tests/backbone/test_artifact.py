@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from backbone.artifact import Artifact, ArtifactError, read_artifact, write_artifact
+from backbone.preprocess import Preprocess
 from tests.backbone.conftest import ARCHITECTURE, PREPROCESS
 
 HEADER: dict[str, Any] = {
