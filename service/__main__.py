@@ -1,6 +1,7 @@
 """python -m service: the service, its settings from the environment and `.env`."""
 
 import logging
+import signal
 import sys
 
 import uvicorn
@@ -29,6 +30,8 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    # uvicorn finishes what is under way, then raises the signal again for whoever waits for it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     uvicorn.run(
         create_app(settings, encoder=encoder),
         host=settings.host,
