@@ -1,8 +1,7 @@
 """Untrusted bytes -> picture, within limits.
 
-The header is checked before anything is decoded; formats are an allow-list; EXIF orientation is
-applied; transparency is laid over white; 16 bits are scaled to 8; animations give their first
-frame.
+The header is checked before anything is decoded, and formats are an allow-list; what an opened
+picture becomes is told in `backbone.pictures`.
 """
 
 import base64
@@ -11,12 +10,10 @@ import io
 import warnings
 from dataclasses import dataclass
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from backbone.pictures import FORMATS, to_rgb
 from service.errors import ImageError
-
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +40,7 @@ def decode(content: bytes, limits: Limits, *, param: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
             _check_pixels(picture, limits, param)
-            return _upright_rgb(picture)
+            return to_rgb(picture)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
@@ -136,27 +133,3 @@ def _too_many_pixels(limits: Limits, param: str, found: str) -> ImageError:
         param=param,
         status=413,
     )
-
-
-def _upright_rgb(picture: Image.Image) -> Image.Image:
-    picture.load()
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
-        return _eight_bits(picture)
-    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, picture).convert("RGB")
-    return picture.convert("RGB")
-
-
-def _eight_bits(picture: Image.Image) -> Image.Image:
-    """Scales 16-bit, 32-bit and float grey, where converting would clip it."""
-    values = np.nan_to_num(np.asarray(picture, dtype=np.float64))
-    if picture.mode.startswith("I;16"):
-        top = 65535.0
-    else:  # the format does not say what white is: the least usual range that holds the values
-        usual = (1.0, 255.0, 65535.0) if picture.mode == "F" else (255.0, 65535.0)
-        brightest = float(values.max())
-        top = next((limit for limit in usual if brightest <= limit), brightest)
-    return Image.fromarray((values / top * 255.0).clip(0, 255).astype(np.uint8)).convert("RGB")

@@ -18,9 +18,8 @@ from pathlib import Path, PurePosixPath
 import httpx
 from tqdm import tqdm
 
-SUFFIXES = frozenset(
-    {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-)
+from backbone.pictures import SUFFIXES
+
 _BUSY = (429, 503)
 _MOST_TRIES = 8
 

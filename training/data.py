@@ -24,14 +24,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from backbone.pictures import FORMATS, SUFFIXES, to_rgb
 from training.augmentations import multi_crop
 from training.config import Crops
 from training.distributed import World
-
-PICTURE_SUFFIXES = frozenset(
-    {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-)
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
 class DataError(ValueError):
@@ -161,7 +157,7 @@ def open_pictures(paths: Sequence[str | Path]) -> Pictures:
             raise DataError(f"{str(path)!r} does not exist; expected a folder or a tar file")
         part = FolderPictures(path) if path.is_dir() else TarPictures(path)
         if not part.names:
-            kinds = ", ".join(sorted(PICTURE_SUFFIXES))
+            kinds = ", ".join(sorted(SUFFIXES))
             raise DataError(f"{str(path)!r} holds no picture ({kinds})")
         parts.append(part)
     return parts[0] if len(parts) == 1 else JoinedPictures(parts)
@@ -181,7 +177,7 @@ def class_labels(pictures: Pictures, *, where: str) -> list[str]:
 
 
 def decode(content: bytes, name: str) -> Image.Image:
-    """Encoded picture -> RGB; 16-bit values are scaled, transparency is dropped.
+    """Encoded picture -> RGB, as `backbone.pictures.to_rgb` tells it.
 
     Raises:
         DataError: content that is no picture, or a broken one; names the picture.
@@ -190,13 +186,10 @@ def decode(content: bytes, name: str) -> Image.Image:
         with warnings.catch_warnings():
             # Odd metadata and palettes: a line for each picture and epoch would bury the log.
             warnings.filterwarnings("ignore", module="PIL")
-            with Image.open(io.BytesIO(content), formats=_FORMATS) as picture:
-                if picture.mode.startswith("I;16"):  # which convert() would clip at 255
-                    return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert(
-                        "RGB"
-                    )
-                return picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+                return to_rgb(picture)
+    except Exception as error:
+        # A decoder may raise anything on bytes that are wrong: Pillow promises no kinds of errors.
         raise DataError(f"picture {name!r} cannot be read: {error}") from error
 
 
@@ -303,7 +296,7 @@ def one_line(error: Exception) -> str:
 
 def _is_picture(name: str) -> bool:
     path = PurePosixPath(name)
-    return path.suffix.lower() in PICTURE_SUFFIXES and not any(
+    return path.suffix.lower() in SUFFIXES and not any(
         part.startswith(".") for part in path.parts if part not in (".", "..")
     )
 

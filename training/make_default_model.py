@@ -32,7 +32,6 @@ from training.export import export, teacher_artifact, whitened
 from training.pretrain import pretrain
 
 PIXELS = 64  # side of the data set's pictures
-INPUT = 96  # side at which the model is served; measured against 64 and 128 (docs/model-card.md)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--run-dir", type=Path, help="default: the recipe's")
     parser.add_argument("--out", type=Path, default=DEFAULT_MODEL)
     parser.add_argument("--k", type=int, default=20)
+    parser.add_argument("--input", type=int, default=96, help="side at which it is served, pixels")
     parser.add_argument("--no-train", action="store_true", help="export what RUN_DIR holds")
     options = parser.parse_args(arguments)
     try:
@@ -59,7 +59,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not options.no_train:
                 pretrain(recipe, here)
             val = open_pictures([options.data / "tiny-imagenet-val.tar.gz"])
-            make(recipe, open_pictures(train), val, options.out, device=here.device, k=options.k)
+            make(
+                recipe,
+                open_pictures(train),
+                val,
+                options.out,
+                side=options.input,
+                device=here.device,
+                k=options.k,
+            )
     except (ArtifactError, ConfigError, DataError, snapshot.SnapshotError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -67,10 +75,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def make(
-    recipe: Recipe, bank: Pictures, val: Pictures, out: Path, *, device: torch.device, k: int
+    recipe: Recipe,
+    bank: Pictures,
+    val: Pictures,
+    out: Path,
+    *,
+    side: int,
+    device: torch.device,
+    k: int,
 ) -> None:
     """Exports the run's teacher in half precision, whitened, with its own figures in its header."""
-    sizes = {"resize": INPUT, "crop": INPUT, "copy_size": INPUT}
+    sizes = {"resize": side, "crop": side, "copy_size": side}
     artifact = teacher_artifact(Path(recipe.run_dir), half=True, licence="Apache-2.0", sizes=sizes)
     artifact = whitened(artifact, bank, device=device)
     figures = measure(artifact, bank, val, device=device, k=k)
