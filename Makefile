@@ -10,7 +10,9 @@ COLLECTIONS ?= collections
 
 BIN := .venv/bin
 
-.PHONY: serve test lint format model clean
+.PHONY: install serve test lint format model clean
+
+install: .venv/.dev
 
 serve: .venv/.service
 	DINOSCOPE_HOST=$(HOST) DINOSCOPE_PORT=$(PORT) DINOSCOPE_MODEL=$(MODEL) \

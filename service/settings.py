@@ -22,7 +22,7 @@ class Settings(BaseSettings):
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes any")
     data_dir: Path = Field(
-        default=Path("data"), description="folder of the collections; one process owns it"
+        default=Path("collections"), description="folder of the collections; one process owns it"
     )
     max_image_bytes: int = Field(
         default=32 * 2**20, ge=1, description="largest encoded picture, in bytes"
