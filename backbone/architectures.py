@@ -40,7 +40,7 @@ class Architecture:
         in_channels: channels of a picture.
 
     Raises:
-        ValueError: an unknown name, or a size that is not positive or does not divide.
+        ValueError: an unknown name, or a size that is not positive or holds no patch.
     """
 
     name: str
@@ -60,9 +60,9 @@ class Architecture:
             whole = isinstance(value, int) and not isinstance(value, bool)
             if not whole or not 1 <= value <= _MOST:
                 raise ValueError(f"{field} is {value!r}, not a whole number from 1 to {_MOST}")
-        if self.image_size % self.patch_size:
+        if self.image_size < self.patch_size:
             raise ValueError(
-                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+                f"image_size {self.image_size} is smaller than patch_size {self.patch_size}"
             )
 
     @property

@@ -185,9 +185,9 @@ def _check_sizes(preprocess: Preprocess, architecture: Architecture, path: Path)
             f"the header of {path}: preprocessing has {len(preprocess.mean)} channels, "
             f"the architecture {architecture.in_channels}"
         )
-    if preprocess.crop % architecture.patch_size:
+    if preprocess.crop < architecture.patch_size:
         raise ArtifactError(
-            f"the header of {path}: crop {preprocess.crop} is not a multiple of "
+            f"the header of {path}: crop {preprocess.crop} is smaller than "
             f"patch_size {architecture.patch_size}"
         )
 

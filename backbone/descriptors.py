@@ -26,8 +26,7 @@ def generalised_mean(patches: Tensor, *, p: float = 4.0) -> Tensor:
 def multiscale(network: VisionTransformer, picture: Tensor) -> Tensor:
     """CLS summed over the scales 1, 1/sqrt 2 and 1/2, then L2-normalised: [B, D].
 
-    Pictures [B, C, H, W] are scaled bilinearly, as the original does it for retrieval; scales whose
-    sides are not multiples of the patch lose their remainder at the right and bottom.
+    Pictures [B, C, H, W] are scaled bilinearly, as the original does it for retrieval.
 
     Raises:
         ValueError: the smallest scale does not hold one patch.
@@ -39,8 +38,7 @@ def multiscale(network: VisionTransformer, picture: Tensor) -> Tensor:
             scaled = F.interpolate(
                 picture, scale_factor=scale, mode="bilinear", align_corners=False
             )
-        height, width = (side - side % network.patch_size for side in scaled.shape[-2:])
-        total = total + network(scaled[..., :height, :width]).cls
+        total = total + network(scaled).cls
     return F.normalize(total, dim=1)
 
 

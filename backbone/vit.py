@@ -67,10 +67,8 @@ class VisionTransformer(nn.Module):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        if image_size % patch_size:
-            raise ValueError(
-                f"image_size {image_size} is not a multiple of patch_size {patch_size}"
-            )
+        if image_size < patch_size:
+            raise ValueError(f"image_size {image_size} is smaller than patch_size {patch_size}")
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
         if not 0.0 <= drop_path_rate < 1.0:
@@ -98,7 +96,10 @@ class VisionTransformer(nn.Module):
     def forward(
         self, pictures: Tensor, *, last_blocks: int = 1, attention: AttentionRows = "none"
     ) -> Features:
-        """Runs the network on pictures [B, C, H, W]; H and W must be multiples of `patch_size`.
+        """Runs the network on pictures [B, C, H, W] of any size that holds a patch.
+
+        What is left over at the right and bottom, less than a patch, is not seen: the paper's
+        patches of 5 cover 220 of 224 pixels.
 
         Args:
             pictures: normalised pictures.
@@ -150,10 +151,9 @@ class VisionTransformer(nn.Module):
                 f"not [batch, {self.in_channels}, height, width]"
             )
         height, width = pictures.shape[-2:]
-        if not height or not width or height % self.patch_size or width % self.patch_size:
+        if min(height, width) < self.patch_size:
             raise ValueError(
-                f"pictures of {height} x {width} pixels do not divide into patches "
-                f"of {self.patch_size}"
+                f"pictures of {height} x {width} pixels hold no patch of {self.patch_size}"
             )
         if not 1 <= last_blocks <= len(self.blocks):
             raise ValueError(f"last_blocks is {last_blocks}, not 1 to {len(self.blocks)}")

@@ -200,9 +200,8 @@ class Recipe:
         except ValueError as error:
             raise ConfigError(f"model and crops.global_size: {error}") from error
         local = self.crops.local_size
-        rule = f"must be a multiple of model.patch_size = {architecture.patch_size}"
-        divides = local >= 1 and local % architecture.patch_size == 0
-        _require(divides, "crops.local_size", local, rule)
+        rule = f"must hold a patch, model.patch_size = {architecture.patch_size}"
+        _require(local >= architecture.patch_size, "crops.local_size", local, rule)
         warmup = self.optimizer.warmup_epochs
         rule = f"must be fewer than epochs = {self.epochs}"
         _require(warmup < self.epochs, "optimizer.warmup_epochs", warmup, rule)

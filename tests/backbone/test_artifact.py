@@ -130,7 +130,7 @@ DEFECTS = {
     "missing field": (lambda h: h["architecture"].pop("patch_size"), ["patch_size"]),
     "patch 0": (changed("architecture", patch_size=0), ["patch_size is 0"]),
     "patch a string": (changed("architecture", patch_size="8"), ["patch_size is '8'"]),
-    "patch does not divide": (changed("architecture", patch_size=5), ["multiple of patch_size 5"]),
+    "no patch fits": (changed("architecture", patch_size=17), ["smaller than patch_size 17"]),
     "a gigantic network": (changed("architecture", image_size=8 * 10**12), ["image_size"]),
     "a picture of other channels": (changed("architecture", in_channels=1), ["3 channels", "1"]),
     "channels": (
@@ -144,7 +144,7 @@ DEFECTS = {
     "no mean": (lambda h: h["preprocessing"].pop("mean"), ["missing fields ['mean']"]),
     "unknown preprocessing": (changed("preprocessing", gamma=2), ["unknown fields ['gamma']"]),
     "crop above resize": (changed("preprocessing", crop=64), ["crop 64 is larger than resize 18"]),
-    "crop not of patches": (changed("preprocessing", crop=12), ["crop 12", "patch_size 8"]),
+    "crop holds no patch": (changed("preprocessing", crop=7), ["crop 7", "patch_size 8"]),
     "resize a float": (changed("preprocessing", resize=18.5), ["resize is 18.5"]),
     "copy_size 0": (changed("preprocessing", copy_size=0), ["copy_size is 0"]),
 }
@@ -215,7 +215,7 @@ def test_weights_that_do_not_fit(artifact: Artifact, tmp_path: Path, defect: str
 def test_preprocessing_that_does_not_fit_is_not_written(artifact: Artifact, tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     grey = Preprocess(resize=18, crop=16, copy_size=24, mean=(0.5,), std=(0.5,))
-    for wrong, words in ((grey, "1 channels"), (replace(PREPROCESS, crop=12), "crop 12")):
+    for wrong, words in ((grey, "1 channels"), (replace(PREPROCESS, crop=7), "crop 7")):
         with pytest.raises(ArtifactError, match=words):
             write_artifact(replace(artifact, preprocess=wrong), path)
     assert not list(tmp_path.iterdir())

@@ -18,7 +18,7 @@ def network(**changes: Any) -> VisionTransformer:
     [
         ((3, 32, 32), r"\[3, 32, 32\].*\[batch, 3, height, width\]"),
         ((1, 1, 32, 32), r"\[1, 1, 32, 32\].*\[batch, 3, height, width\]"),
-        ((1, 3, 33, 32), "33 x 32 pixels .* patches of 8"),
+        ((1, 3, 7, 32), "7 x 32 pixels hold no patch of 8"),
         ((1, 3, 32, 4), "32 x 4 pixels"),
         ((1, 3, 0, 8), "0 x 8 pixels"),
     ],
@@ -37,7 +37,7 @@ def test_blocks_that_are_not_there(last_blocks: int) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"patch_size": 5}, "image_size 32 is not a multiple of patch_size 5"),
+        ({"patch_size": 33}, "image_size 32 is smaller than patch_size 33"),
         ({"num_heads": 5}, "embed_dim 12 is not a multiple of num_heads 5"),
         ({"drop_path_rate": 1.0}, "drop_path_rate 1.0"),
         ({"drop_path_rate": -0.1}, "drop_path_rate -0.1"),
@@ -136,3 +136,11 @@ def test_every_architecture_can_be_described_without_memory(name: str) -> None:
     parameters = sum(p.numel() for p in built.parameters()) / 1e6
     papers = {"vit_tiny": 5.5, "vit_small": 21.7, "vit_base": 85.8, "vit_large": 303.3}
     assert parameters == pytest.approx(papers[name], abs=0.1)
+
+
+def test_what_is_left_over_of_a_patch_is_not_seen() -> None:
+    vit, pictures = network(patch_size=5, image_size=14), torch.randn(2, 3, 14, 23)
+    assert vit.pos_embed.shape == (1, 1 + 2 * 2, 12)
+    features = vit(pictures)
+    assert features.grid == (2, 4)
+    assert torch.equal(features.cls, vit(pictures[..., :10, :20]).cls)
