@@ -2,11 +2,7 @@
 # Each makes .venv and installs what it needs once; a second call installs nothing.
 
 PYTHON ?= python3
-HOST ?= 127.0.0.1
-PORT ?= 8000
-MODEL ?= default
 DATA ?= data
-COLLECTIONS ?= collections
 
 BIN := .venv/bin
 
@@ -15,8 +11,9 @@ BIN := .venv/bin
 install: .venv/.dev
 
 serve: .venv/.service
-	DINOSCOPE_HOST=$(HOST) DINOSCOPE_PORT=$(PORT) DINOSCOPE_MODEL=$(MODEL) \
-	DINOSCOPE_DATA_DIR=$(COLLECTIONS) exec $(BIN)/python -m service
+	$(if $(HOST),DINOSCOPE_HOST="$(HOST)") $(if $(PORT),DINOSCOPE_PORT="$(PORT)") \
+	$(if $(MODEL),DINOSCOPE_MODEL="$(MODEL)") \
+	$(if $(COLLECTIONS),DINOSCOPE_DATA_DIR="$(COLLECTIONS)") exec $(BIN)/python -m service
 
 test: .venv/.dev
 	$(BIN)/python -m pytest
@@ -40,7 +37,7 @@ model: .venv/.dev
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 .venv/.service: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[service]'

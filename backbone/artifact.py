@@ -104,6 +104,7 @@ def write_artifact(artifact: Artifact, path: Path) -> str:
     weights = {name: w.detach().cpu().contiguous() for name, w in tensors.items()}
     text = json.dumps(header, sort_keys=True, allow_nan=False)
     save_file(weights, temporary, metadata={_ENTRY: text})
+    temporary.chmod(0o644)  # the library makes it the owner's alone; a service's user must read it
     with temporary.open("rb+") as file:
         os.fsync(file.fileno())
     temporary.replace(path)

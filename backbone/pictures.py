@@ -30,12 +30,17 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
-    """Scales 16-bit, 32-bit and float grey, where converting would clip it."""
-    values = np.nan_to_num(np.asarray(picture, dtype=np.float64))
+    """Scales 16-bit, 32-bit and float grey, where converting would clip it.
+
+    In place and in single precision: the picture may be a large one.
+    """
+    values = np.nan_to_num(np.array(picture, dtype=np.float32), copy=False)
     if picture.mode.startswith("I;16"):
         top = 65535.0
     else:  # the format does not say what white is: the least usual range that holds the values
         usual = (1.0, 255.0, 65535.0) if picture.mode == "F" else (255.0, 65535.0)
         brightest = float(values.max())
         top = next((limit for limit in usual if brightest <= limit), brightest)
-    return Image.fromarray((values / top * 255.0).clip(0, 255).astype(np.uint8)).convert("RGB")
+    values /= np.float32(top)
+    values *= np.float32(255.0)
+    return Image.fromarray(values.clip(0, 255, out=values).astype(np.uint8)).convert("RGB")

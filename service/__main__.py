@@ -38,6 +38,7 @@ def main() -> int:
         port=settings.port,
         log_level=settings.log_level,
         log_config=None,
+        timeout_graceful_shutdown=20,  # seconds for requests under way, inside Docker's patience
     )
     return 0
 

@@ -20,7 +20,7 @@ from service.images import Limits, quiet_decoders
 from service.routes import attention, collections, copies, embeddings, health, search
 from service.services import Services
 from service.settings import Settings
-from service.uploads import BodyLimit
+from service.uploads import Admission, BodyLimit
 from service.vision import Vision
 
 DEFAULT_COLLECTION = "default"
@@ -60,6 +60,7 @@ def create_app(settings: Settings | None = None, *, encoder: Encoder | None = No
     app = FastAPI(
         title="dinoscope", version="0.1.0", description=_DESCRIPTION.strip(), lifespan=lifespan
     )
+    app.add_middleware(Admission, max_requests=settings.max_requests)
     app.add_middleware(BodyLimit, max_bytes=settings.max_request_bytes)
     add_error_handlers(app)
     for routes in (health, embeddings, attention, collections, search, copies):
@@ -111,8 +112,7 @@ def _start(settings: Settings, encoder: Encoder | None) -> Services:
         raise
     services = Services(settings=settings, vision=vision, collections=opened)
     try:
-        if DEFAULT_COLLECTION not in opened.names():
-            opened.create(DEFAULT_COLLECTION, spaces=services.spaces, model=vision.info.fingerprint)
+        _make_default(services)
     except BaseException:
         _stop(services)
         raise
@@ -125,6 +125,17 @@ def _start(settings: Settings, encoder: Encoder | None) -> Services:
         settings.data_dir,
     )
     return services
+
+
+def _make_default(services: Services) -> None:
+    """Makes the default collection, anew where it is empty and of another model."""
+    opened, fingerprint = services.collections, services.vision.info.fingerprint
+    if DEFAULT_COLLECTION in opened.names() and DEFAULT_COLLECTION not in opened.damaged:
+        found = opened.get(DEFAULT_COLLECTION)
+        if found.model != fingerprint and found.count() == 0:
+            opened.delete(DEFAULT_COLLECTION)
+    if DEFAULT_COLLECTION not in opened.names():
+        opened.create(DEFAULT_COLLECTION, spaces=services.spaces, model=fingerprint)
 
 
 def _stop(services: Services) -> None:

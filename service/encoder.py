@@ -1,4 +1,4 @@
-"""An artifact as functions from arrays to arrays; the service's only use of torch."""
+"""An artifact as functions from arrays to arrays; the service's way to the network."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass

@@ -9,6 +9,7 @@ CollectionError and its kinds (index.errors)
 """
 
 import logging
+import reprlib
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -122,7 +123,7 @@ def add_error_handlers(app: FastAPI) -> None:
         first = error.errors()[0]
         where = _place(first["loc"])
         given = first.get("input")
-        shown = f" (given: {given!r:.80})" if first["type"] != "missing" else ""
+        shown = f" (given: {reprlib.repr(given)})" if first["type"] != "missing" else ""
         message = f"{where}: {first['msg']}{shown}" if where else f"{first['msg']}{shown}"
         return error_response(422, message, code="invalid_parameter", param=where or None)
 

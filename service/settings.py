@@ -37,6 +37,9 @@ class Settings(BaseSettings):
     max_request_bytes: int = Field(
         default=256 * 2**20, ge=1, description="largest request body, in bytes"
     )
+    max_requests: int = Field(
+        default=64, ge=1, description="most requests with pictures under way at once; beyond, 429"
+    )
     max_batch_size: int = Field(default=32, ge=1, description="most pictures in one forward pass")
     max_queue: int = Field(
         default=512, ge=1, description="most pictures waiting for the model; beyond it, 429"

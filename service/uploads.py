@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import anyio.to_thread
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
@@ -15,6 +16,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import RequestError, error_response
 from service.vision import EncodedPicture
+
+_QUICKLY_PARSED = 2**16  # bytes of JSON that the event loop may parse itself
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -63,6 +66,36 @@ class BodyLimit:
         await self._app(scope, counted, send)
 
 
+class Admission:
+    """ASGI middleware that bounds the requests with a body that are under way at once.
+
+    What they hold (bodies, decoded pictures) is thereby bounded too; more are answered 429.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_requests: int) -> None:
+        self._app = app
+        self._max_requests = max_requests
+        self._under_way = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Lets GET and its like pass: they carry no pictures."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        if self._under_way >= self._max_requests:
+            message = f"{self._max_requests} requests are under way, which is the most; try again"
+            response = error_response(
+                429, message, code="too_many_requests", headers={"Retry-After": "1"}
+            )
+            await response(scope, receive, send)
+            return
+        self._under_way += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._under_way -= 1
+
+
 def is_json(request: Request) -> bool:
     """Whether the body says that it is JSON."""
     kind = _content_type(request)
@@ -83,8 +116,15 @@ async def read_json(request: Request, model: type[Body]) -> Body:
             code="invalid_parameter",
             param=name,
         )
+    content = await request.body()
+    if len(content) <= _QUICKLY_PARSED:
+        return _parse(content, model)
+    return await anyio.to_thread.run_sync(_parse, content, model)
+
+
+def _parse(content: bytes, model: type[Body]) -> Body:
     try:
-        value = json.loads(await request.body())
+        value = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body is not JSON: {error}", code="invalid_json") from error
     try:

@@ -2,15 +2,18 @@
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from PIL import Image
 
 from service import heatmaps, images
 from service.batcher import Batcher
 from service.encoder import TASKS, Array, Encoder, ModelInfo, Task, batch_kind, runner
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +97,21 @@ class Vision:
         """CLS embeddings [n, D] -> the vectors that collections hold; see `Encoder`."""
         return self._encoder.similarity(cls)
 
-    async def attention(self, picture: EncodedPicture) -> tuple[Array, Image.Image]:
-        """The maps [heads, h, w] of CLS's attention in the last block, and the picture itself."""
+    async def attention(
+        self, picture: EncodedPicture, *, largest: int
+    ) -> tuple[Array, Image.Image]:
+        """The maps [heads, h, w] of CLS's attention in the last block, and the picture itself.
+
+        The picture is scaled down to `largest` pixels on its long side before it waits for the
+        model, so that a full queue does not hold photographs at full size.
+        """
 
         def work() -> tuple[Array, Image.Image]:
             content = picture.read(self.limits)
             decoded = images.decode(content, self.limits, param=picture.param)
-            return self._encoder.prepare("attention", decoded), decoded
+            prepared = self._encoder.prepare("attention", decoded)
+            decoded.thumbnail((largest, largest), Image.Resampling.BICUBIC)
+            return prepared, decoded
 
         loop = asyncio.get_running_loop()
         prepared, decoded = await loop.run_in_executor(self._pool, work)
@@ -132,8 +143,8 @@ class Vision:
         for i, prepared in enumerate(inputs):
             kinds.setdefault(batch_kind(task, prepared), []).append(i)
         results: list[Array] = [inputs[0]] * len(inputs) if inputs else []
-        parts = await asyncio.gather(
-            *(self._batcher.submit(kind, [inputs[i] for i in at]) for kind, at in kinds.items())
+        parts = await all_or_none(
+            self._batcher.submit(kind, [inputs[i] for i in at]) for kind, at in kinds.items()
         )
         for at, part in zip(kinds.values(), parts, strict=True):
             for i, result in zip(at, part, strict=True):
@@ -157,3 +168,15 @@ class Vision:
         """Finishes what waits, then ends the threads."""
         self._batcher.close()
         self._pool.shutdown()
+
+
+async def all_or_none(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all, in order; where one fails, the others are cancelled and it is raised."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise

@@ -75,6 +75,16 @@ def all_reduce_mean(value: Tensor) -> Tensor:
     return value / dist.get_world_size()
 
 
+def all_gather_int(value: int, device: torch.device) -> list[int]:
+    """Each process's `value`, by rank, on every process."""
+    own = torch.tensor([value], device=device)
+    if not dist.is_initialized():
+        return [value]
+    found = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, own)
+    return [int(each.item()) for each in found]
+
+
 def barrier() -> None:
     """Waits until every process is here."""
     if dist.is_initialized():

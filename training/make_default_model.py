@@ -19,12 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backbone.artifact import Artifact, ArtifactError
+from backbone.artifact import Artifact
 from backbone.preprocess import Preprocess
 from backbone.pretrained import DEFAULT_MODEL
-from training import snapshot
-from training.config import ConfigError, Recipe, load_recipe
-from training.data import DataError, Pictures, open_pictures
+from training.config import Recipe, load_recipe
+from training.data import Pictures, open_pictures
 from training.distributed import world
 from training.evaluation import knn
 from training.evaluation.features import embedder
@@ -58,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with world(recipe.device) as here:
             if not options.no_train:
                 pretrain(recipe, here)
+            if not here.is_main:
+                return 0
             val = open_pictures([options.data / "tiny-imagenet-val.tar.gz"])
             make(
                 recipe,
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 device=here.device,
                 k=options.k,
             )
-    except (ArtifactError, ConfigError, DataError, snapshot.SnapshotError) as error:
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

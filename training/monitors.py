@@ -61,7 +61,7 @@ class Monitor:
             self._csv = csv.DictWriter(self._file, COLUMNS)
             if self._file.tell() == 0:
                 self._csv.writeheader()
-            self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start)
+            self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
             self._bar = tqdm(total=stop, initial=start, unit="step", dynamic_ncols=True)
 
     @contextmanager
@@ -80,7 +80,9 @@ class Monitor:
         self._steps += 1
         if (step + 1) % self._every and step + 1 != self._stop:
             return
-        means = all_reduce_mean(torch.stack(self._sums).mean(dim=0)).tolist()
+        averaged = all_reduce_mean(torch.stack(self._sums).mean(dim=0))
+        check_finite(averaged[0], step)
+        means = averaged.tolist()
         elapsed = time.perf_counter() - self._since
         row = {
             "step": step + 1,
@@ -123,6 +125,23 @@ class Monitor:
             self._file.close()
             self._events.close()
             self._bar.close()
+
+
+class TrainingDiverged(ValueError):
+    """The loss is not a finite number; what was saved before is."""
+
+
+def check_finite(loss: Tensor, step: int) -> None:
+    """Stops every process where the loss of any is not finite, before it reaches a snapshot.
+
+    Raises:
+        TrainingDiverged: with what may help.
+    """
+    if not bool(all_reduce_mean(loss.detach()).isfinite()):
+        raise TrainingDiverged(
+            f"the loss is not finite in step {step + 1}; the last snapshot is from before. Lower "
+            "optimizer.lr, lengthen optimizer.warmup_epochs, or take precision = 'fp32'"
+        )
 
 
 def _open_log(path: Path, start: int) -> IO[str]:

@@ -30,9 +30,9 @@ from training.dino import (
     make_teacher,
     update_teacher,
 )
-from training.distributed import World, barrier, world
+from training.distributed import World, all_gather_int, barrier, world
 from training.loss import DinoLoss, LossTerms
-from training.monitors import Monitor
+from training.monitors import Monitor, TrainingDiverged, check_finite
 from training.optimizers import make_optimizer, set_rates
 from training.precision import autocast, autocast_dtype
 from training.schedules import cosine, linear_warmup
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = load_recipe(options.recipe, options.overrides)
         with world(recipe.device) as here:
             pretrain(recipe, here)
-    except (ConfigError, data.DataError, snapshot.SnapshotError) as error:
+    except (ConfigError, data.DataError, snapshot.SnapshotError, TrainingDiverged) as error:
         print(f"error: {data.one_line(error)}", file=sys.stderr)
         return 2
     return 0
@@ -66,7 +66,7 @@ def pretrain(recipe: Recipe, here: World) -> None:
     training = make_training(recipe, here)
     scale = {"pictures": len(pictures.names), "processes": here.size}
     start = resume(run_dir, recipe, scale, training, here)
-    torch.manual_seed(recipe.seed * 1_000_003 + start * here.size + here.rank)  # drop paths
+    check_agreement(start, len(pictures.names), here)
 
     sampler = data.RunSampler(
         len(pictures.names),
@@ -104,12 +104,30 @@ def pretrain(recipe: Recipe, here: World) -> None:
                 for part in batch
                 for crop in part
             ]
+            # Drop paths, the only chance in a step, are drawn anew from it: resuming is exact.
+            torch.manual_seed((recipe.seed * 1_000_003 + step) * here.size + here.rank)
             rates = rates_at(step, steps_per_epoch, recipe, batch=recipe.batch_size * here.size)
             terms, gradient_norm = train_step(training, crops, rates)
             figures = {**terms._asdict(), "gradient_norm": gradient_norm}
             monitor.step(step, step // steps_per_epoch, figures, rates.logged())
             if (step + 1) % recipe.snapshot_steps == 0 or step + 1 == stop:
+                check_finite(terms.loss, step)
                 save(run_dir, step + 1, recipe, scale, training, here)
+
+
+def check_agreement(start: int, pictures: int, here: World) -> None:
+    """Refuses to train where processes see different snapshots or pictures.
+
+    Raises:
+        SnapshotError: they do, on this process as on every other.
+    """
+    for what, value in (("steps done", start), ("pictures", pictures)):
+        found = sorted(set(all_gather_int(value, here.device)))
+        if len(found) > 1:
+            raise snapshot.SnapshotError(
+                f"the processes do not agree on the {what}: {found}; run_dir and the pictures "
+                "must be the same on every node"
+            )
 
 
 @dataclass(frozen=True)
@@ -180,6 +198,11 @@ def make_training(recipe: Recipe, here: World) -> Training:
     parallel: nn.Module = student
     if here.size > 1:
         if recipe.head.batch_norm:
+            if here.device.type != "cuda":
+                raise ConfigError(
+                    "head.batch_norm = true: batch statistics over several processes exist on "
+                    "CUDA alone; use one process, or leave it out"
+                )
             convert = cast(Callable[[nn.Module], Network], nn.SyncBatchNorm.convert_sync_batchnorm)
             student, teacher = convert(student), convert(teacher)
         parallel = DistributedDataParallel(

@@ -45,7 +45,7 @@ async def attention(
     else:
         picture = await uploads.read_one(request)
     _check_head(options.head, vision.info.heads)
-    maps, decoded = await vision.attention(picture)
+    maps, decoded = await vision.attention(picture, largest=options.size or _LARGEST_DEFAULT)
     chosen, names = _choose(maps, options.head)
     if "application/json" in request.headers.get("accept", ""):
         answer = AttentionAnswer(
@@ -59,7 +59,7 @@ async def attention(
         colormap=options.colormap,
         overlay=options.overlay,
         threshold=options.threshold,
-        size=options.size or min(max(decoded.size), _LARGEST_DEFAULT),
+        size=options.size or max(decoded.size),
     )
     return Response(await vision.render(chosen, decoded, style), media_type="image/png")
 

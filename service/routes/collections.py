@@ -1,6 +1,7 @@
 """Collections and the pictures in them."""
 
 import asyncio
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -10,8 +11,9 @@ import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 
 from index.collection import Collection, NewRecord, Record
-from index.errors import CollectionExists, RecordNotFound
+from index.errors import CollectionExists, CollectionNotFound, RecordNotFound, StoreDamaged
 from service import uploads
+from service.encoder import Task
 from service.errors import ImageError, RequestError
 from service.routes.openapi import ERRORS, picture_body
 from service.schemas import (
@@ -28,7 +30,7 @@ from service.schemas import (
     StoredImages,
 )
 from service.services import Served, Services
-from service.vision import EncodedPicture, Prepared
+from service.vision import EncodedPicture, Prepared, all_or_none
 
 router = APIRouter(prefix="/v1/collections", tags=["collections"], responses=ERRORS)
 
@@ -36,8 +38,13 @@ router = APIRouter(prefix="/v1/collections", tags=["collections"], responses=ERR
 @router.get("", summary="Every collection")
 def list_collections(services: Served) -> CollectionList:
     """Names, counts and models; damaged ones are told of by `/readyz`."""
-    whole = [n for n in services.collections.names() if n not in services.collections.damaged]
-    return CollectionList(collections=[_answer(services.collections.get(n)) for n in whole])
+    answers = []
+    for name in services.collections.names():
+        try:
+            answers.append(_answer(services.collections.get(name)))
+        except (CollectionNotFound, StoreDamaged):
+            continue  # deleted since, or damaged
+    return CollectionList(collections=answers)
 
 
 @router.put("/{name}", summary="Make a collection", status_code=201)
@@ -194,10 +201,15 @@ async def _prepare(
     if (
         known is not None
         and known.content_hash == prepared.content_hash
-        and known.metadata == image.metadata
+        and _same_json(known.metadata, image.metadata)
     ):
         return known
     return _New(record_id=record_id, metadata=image.metadata, prepared=prepared)
+
+
+def _same_json(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Equal as JSON, where true is not 1."""
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
 
 
 def _find(collection: Collection, record_id: str) -> Record | None:
@@ -211,9 +223,9 @@ async def _store(collection: Collection, services: Services, new: Sequence[_New]
     if not new:
         return []
     vision = services.vision
-    cls, copy = await asyncio.gather(
-        vision.run("cls", [one.prepared.inputs["cls"] for one in new]),
-        vision.run("copy", [one.prepared.inputs["copy"] for one in new]),
+    tasks: tuple[Task, ...] = ("cls", "copy")
+    cls, copy = await all_or_none(
+        vision.run(task, [one.prepared.inputs[task] for one in new]) for task in tasks
     )
     similar = vision.similarity(np.stack(cls))
     records = [

@@ -23,13 +23,16 @@ async def healthz() -> Health:
     responses={503: {"model": Health, "description": "Not ready; the reasons are listed."}},
 )
 async def readyz(services: Served, response: Response) -> Health:
-    """200 when the model takes pictures and no collection is damaged, else 503 with the reasons."""
+    """200 when the model takes pictures, else 503.
+
+    Damaged collections are listed, but leave the service ready: the others work.
+    """
     reasons = [str(error) for error in services.collections.damaged.values()]
-    if not services.vision.alive:
+    ready = services.vision.alive
+    if not ready:
         reasons.append("the model's thread has ended; restart the service")
-    if reasons:
         response.status_code = 503
-    return Health(status="unavailable" if reasons else "ok", reasons=reasons)
+    return Health(status="ok" if ready else "unavailable", reasons=reasons)
 
 
 @router.get("/v1/models", tags=["models"], summary="The models that are served")

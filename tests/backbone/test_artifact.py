@@ -40,6 +40,11 @@ def test_round_trip(artifact: Artifact, tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["m.safetensors"]
 
 
+def test_others_may_read_the_file(artifact: Artifact, tmp_path: Path) -> None:
+    write_artifact(artifact, tmp_path / "m.safetensors")
+    assert (tmp_path / "m.safetensors").stat().st_mode & 0o777 == 0o644
+
+
 def test_the_network_is_ready_to_use(artifact: Artifact) -> None:
     network = artifact.network()
     assert not network.training

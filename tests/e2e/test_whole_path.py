@@ -104,6 +104,8 @@ def test_pretrain_export_serve_search_restart(model: Path, tmp_path: Path) -> No
         assert said.startswith(f"{sent} created, 0 updated")
         before = [search(client, path) for path in PICTURES]
         assert [found[0]["id"] for found in before] == [path.name for path in PICTURES]
+        cropped = [search(client, path, share=0.8) for path in PICTURES]
+        assert [found[0]["id"] for found in cropped] == [path.name for path in PICTURES]
         attention = client.post("/v1/attention?head=all", files={"image": PICTURES[0].read_bytes()})
         with Image.open(io.BytesIO(attention.content)) as picture:
             assert picture.format == "PNG"
@@ -118,8 +120,14 @@ def test_pretrain_export_serve_search_restart(model: Path, tmp_path: Path) -> No
         stop(process, client)
 
 
-def search(client: httpx.Client, path: Path) -> list[dict[str, object]]:
-    answer = client.post("/v1/collections/own/search?k=3", files={"image": path.read_bytes()})
+def search(client: httpx.Client, path: Path, share: float = 1.0) -> list[dict[str, object]]:
+    """Searches with the centre of a picture, `share` of each side, saved again as JPEG."""
+    with Image.open(path) as picture:
+        margins = [round(side * (1.0 - share) / 2) for side in picture.size]
+        inside = (*margins, picture.width - margins[0], picture.height - margins[1])
+        buffer = io.BytesIO()
+        picture.convert("RGB").crop(inside).save(buffer, "JPEG", quality=90)
+    answer = client.post("/v1/collections/own/search?k=3", files={"image": buffer.getvalue()})
     assert answer.status_code == 200, answer.text
     matches: list[dict[str, object]] = answer.json()["matches"]
     return matches

@@ -38,6 +38,20 @@ async def test_429_when_the_queue_is_full(serve: Serve, encoder: FakeEncoder) ->
         json_of(await client.post(URL, json=body(2, 3)))
 
 
+async def test_429_beyond_the_most_requests(serve: Serve, encoder: FakeEncoder) -> None:
+    async with serve(max_requests=1) as client:
+        with encoder.busy() as model:
+            first = asyncio.ensure_future(client.post(URL, json=body(1)))
+            await asyncio.to_thread(model.wait_until_reached)
+            refused = await client.post(URL, json=body(2))
+            assert "under way" in error_of(refused, 429, "too_many_requests")["message"]
+            assert refused.headers["retry-after"] == "1"
+            json_of(await client.get("/readyz"))  # carries no picture
+            model.open()
+            json_of(await first)
+        json_of(await client.post(URL, json=body(2)))
+
+
 async def test_a_full_queue_stores_nothing_of_an_upload(serve: Serve, encoder: FakeEncoder) -> None:
     async with serve(max_queue=4, max_request_images=2) as client:
         with encoder.busy() as model:

@@ -20,7 +20,7 @@ from tests.training.conftest import (
     write_pictures,
 )
 from training import snapshot
-from training.config import load_recipe
+from training.config import ConfigError, load_recipe
 from training.distributed import World
 from training.monitors import COLUMNS
 from training.pretrain import main, make_training, resume
@@ -126,6 +126,35 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(run: Run, run_dir: Path
         resumed["optimizer"]["state"].values(), whole["optimizer"]["state"].values(), strict=True
     ):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+def test_dropped_paths_are_the_same_after_resuming(run: Run, run_dir: Path) -> None:
+    overrides = ("epochs=2", "snapshot_steps=4", "model.drop_path_rate=0.3")
+    assert main(run.arguments(run_dir, *overrides)) == 0  # 6 steps, snapshots after 4 and 6
+    last = run_dir / "snapshots" / "step_000000006.pt"
+    whole, losses = snapshot.load(last), [row["loss"] for row in log_rows(run_dir)]
+    last.unlink()
+    assert main(run.arguments(run_dir, *overrides)) == 0
+    assert [row["loss"] for row in log_rows(run_dir)] == losses
+    for part in ("teacher", "student", "loss"):
+        torch.testing.assert_close(snapshot.load(last)[part], whole[part], rtol=0, atol=0)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_before_a_snapshot(
+    run: Run, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = run.arguments(run_dir, "optimizer.lr=1e30", "log_steps=50", "snapshot_steps=3")
+    assert main(arguments) == 2
+    assert "the loss is not finite in step" in capsys.readouterr().err
+    for path in (run_dir / "snapshots").glob("*.pt"):
+        state = snapshot.load(path)
+        assert all(w.isfinite().all() for w in state["student"].values())
+
+
+def test_batch_norm_over_cpu_processes_is_refused(run: Run) -> None:
+    recipe = load_recipe(run.recipe, [*run.arguments(run.run_dir)[1:], "head.batch_norm=true"])
+    with pytest.raises(ConfigError, match=r"head\.batch_norm"):
+        make_training(recipe, World(0, 2, torch.device("cpu")))
 
 
 def test_two_processes_do_what_one_does(run: Run, run_dir: Path) -> None:
