@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--run-dir", type=Path, help="default: the recipe's")
     parser.add_argument("--out", type=Path, default=DEFAULT_MODEL)
     parser.add_argument("--k", type=int, default=20)
-    parser.add_argument("--input", type=int, default=96, help="side at which it is served, pixels")
+    parser.add_argument("--input", type=int, default=64, help="side at which it is served, pixels")
     parser.add_argument("--no-train", action="store_true", help="export what RUN_DIR holds")
     options = parser.parse_args(arguments)
     try:
