@@ -109,7 +109,7 @@ def test_sizes_and_quality_go_into_the_header(run_dir: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--crop", "12"], "patch_size"),
+        (["--crop", "7"], "patch_size"),
         (["--crop", "64"], "larger than resize"),
         (["--resize", "0"], "positive"),
         (["--quality", "nowhere.json"], "nowhere.json"),
