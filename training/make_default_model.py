@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=DEFAULT_MODEL)
     parser.add_argument("--k", type=int, default=20)
     parser.add_argument("--input", type=int, default=64, help="side at which it is served, pixels")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="measuring")
     parser.add_argument("--no-train", action="store_true", help="export what RUN_DIR holds")
     options = parser.parse_args(arguments)
     try:
@@ -68,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 side=options.input,
                 device=here.device,
                 k=options.k,
+                precision=options.precision,
             )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -84,13 +86,14 @@ def make(
     side: int,
     device: torch.device,
     k: int,
+    precision: str,
 ) -> None:
     """Exports the run's teacher in half precision, whitened, with its own figures in its header."""
     sizes = {"resize": side, "crop": side, "copy_size": side}
     artifact = teacher_artifact(Path(recipe.run_dir), half=True, licence="Apache-2.0", sizes=sizes)
     artifact = whitened(artifact, bank, device=device)
-    figures = measure(artifact, bank, val, device=device, k=k)
-    quality = {"knn": {str(k): figures["model"]}, "measured": figures}
+    figures = measure(artifact, bank, val, device=device, k=k, precision=precision)
+    quality = {"knn": {str(k): figures["model"]}, "measured": figures, "precision": precision}
     fingerprint = export(dataclasses.replace(artifact, quality=quality), out)
     out.with_suffix(".quality.json").write_text(json.dumps(quality, indent=2) + "\n")
     print(f"{out}: fingerprint {fingerprint}")
@@ -99,13 +102,21 @@ def make(
 
 
 def measure(
-    artifact: Artifact, bank: Pictures, val: Pictures, *, device: torch.device, k: int
+    artifact: Artifact,
+    bank: Pictures,
+    val: Pictures,
+    *,
+    device: torch.device,
+    k: int,
+    precision: str,
 ) -> dict[str, dict[str, float]]:
-    """k-NN of `val` against `bank`: the model, whitened, raw pixels, and the network untrained."""
+    """k-NN of `val` against `bank`: the model, the same network untrained, and raw pixels."""
     torch.manual_seed(0)
     weights = artifact.architecture.build().state_dict()
-    untrained = embedder(dataclasses.replace(artifact, weights=weights), device)
-    trained = embedder(artifact, device)
+    untrained = embedder(
+        dataclasses.replace(artifact, weights=weights), device, precision=precision
+    )
+    trained = embedder(artifact, device, precision=precision)
     view, pixels = artifact.preprocess.centre_crop, Preprocess(resize=PIXELS, crop=PIXELS)
     methods: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]] = {
         "model": (view, trained),

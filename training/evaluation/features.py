@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from backbone.artifact import Artifact
 from training.data import Pictures, decode, one_thread
+from training.precision import autocast, autocast_dtype
 
 
 class _Views(Dataset[Tensor]):
@@ -56,13 +57,20 @@ def extract(
     return torch.cat(parts)
 
 
-def embedder(artifact: Artifact, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Batches of views on `device` -> CLS of the artifact's network."""
+def embedder(
+    artifact: Artifact, device: torch.device, *, precision: str = "fp32"
+) -> Callable[[Tensor], Tensor]:
+    """Batches of views on `device` -> CLS of the artifact's network.
+
+    `precision` is "fp32", or "bf16" for twice the speed at a rounding of one part in 256.
+    """
     network = artifact.network().to(device)
+    dtype = autocast_dtype(precision, device)
 
     def embed(batch: Tensor) -> Tensor:
-        cls: Tensor = network(batch).cls
-        return cls
+        with autocast(device, dtype):
+            cls: Tensor = network(batch).cls
+        return cls.float()
 
     return embed
 
