@@ -3,6 +3,7 @@
 import io
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import matplotlib
 import numpy as np
@@ -12,7 +13,8 @@ from PIL import Image
 
 from backbone.descriptors import mass_mask
 
-COLORMAPS = ("viridis", "inferno", "magma", "plasma", "cividis", "turbo", "jet", "gray")
+Colormap = Literal["viridis", "inferno", "magma", "plasma", "cividis", "turbo", "jet", "gray"]
+COLORMAPS: tuple[Colormap, ...] = get_args(Colormap)
 _GAP = 4  # pixels between the heads of a grid
 
 Maps = npt.NDArray[np.float32]
@@ -29,7 +31,7 @@ class Style:
         size: the long side of each map in pixels.
     """
 
-    colormap: str
+    colormap: Colormap
     overlay: float
     threshold: float | None
     size: int

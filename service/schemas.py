@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from service.heatmaps import COLORMAPS
+from service.heatmaps import Colormap
 
 Picture = Annotated[
     str,
@@ -105,9 +105,7 @@ class AttentionOptions(Options):
     threshold: float | None = Field(
         default=None, gt=0.0, le=1.0, description="colour only the patches with this share of mass"
     )
-    colormap: Literal[COLORMAPS] = Field(  # type: ignore[valid-type]
-        default="viridis", description="colours from weak to strong"
-    )
+    colormap: Colormap = Field(default="viridis", description="colours from weak to strong")
     overlay: float = Field(
         default=0.6, ge=0.0, le=1.0, description="strength over the picture; 1 is the map alone"
     )

@@ -58,7 +58,8 @@ class ProjectionHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Embeddings [B, in_dim] -> outputs before the softmax [B, K]."""
         x = F.normalize(self.mlp(x), dim=-1, p=2)
-        return self.last_layer(x)  # type: ignore[no-any-return]
+        outputs: Tensor = self.last_layer(x)
+        return outputs
 
 
 class WeightNormLinear(nn.Module):
@@ -101,7 +102,8 @@ class Network(nn.Module):
             else:
                 groups.append([crop])
         cls = [self.backbone(torch.cat(group)).cls for group in groups]
-        return self.head(torch.cat(cls))  # type: ignore[no-any-return]
+        outputs: Tensor = self.head(torch.cat(cls))
+        return outputs
 
 
 def make_teacher(student: Network, teacher: Network) -> Network:

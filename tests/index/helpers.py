@@ -39,3 +39,7 @@ def cosines(query: NDArray[np.float32], rows: NDArray[np.float32]) -> NDArray[np
     query, rows = query.astype(np.float64), rows.astype(np.float64)
     products: NDArray[np.float64] = rows @ query
     return products / (np.linalg.norm(rows, axis=1) * np.linalg.norm(query))
+
+
+def outcomes(collection: Collection, *records: NewRecord) -> list[str]:
+    return [each.outcome for each in collection.upsert(records)]

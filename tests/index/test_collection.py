@@ -16,11 +16,7 @@ from index.errors import (
     RecordNotFound,
 )
 from index.store import Store
-from tests.index.helpers import MODEL, SPACES, cosines, create, fill, record, vectors
-
-
-def outcomes(collection: Collection, *records: NewRecord) -> list[str]:
-    return [each.outcome for each in collection.upsert(records)]
+from tests.index.helpers import MODEL, SPACES, cosines, create, fill, outcomes, record, vectors
 
 
 def test_a_record_comes_back_as_it_was_given(collection: Collection) -> None:

@@ -92,12 +92,12 @@ def test_maps_are_the_cls_row_without_cls(
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_batch_is_its_pictures_one_by_one(encoder: TorchEncoder, task: str) -> None:
-    inputs = [encoder.prepare(task, noise(seed, (48, 36))) for seed in range(3)]  # type: ignore[arg-type]
-    assert len({batch_kind(task, one) for one in inputs}) == 1  # type: ignore[arg-type]
-    together = encoder.run(task, inputs)  # type: ignore[arg-type]
+    inputs = [encoder.prepare(task, noise(seed, (48, 36))) for seed in range(3)]
+    assert len({batch_kind(task, one) for one in inputs}) == 1
+    together = encoder.run(task, inputs)
     assert len(together) == 3
     for one, result in zip(inputs, together, strict=True):
-        (alone,) = encoder.run(task, [one])  # type: ignore[arg-type]
+        (alone,) = encoder.run(task, [one])
         assert np.allclose(result, alone, atol=1e-5)
     assert not np.allclose(together[0], together[1], atol=1e-3)
 

@@ -12,7 +12,7 @@ MAP = np.array([[0.0, 0.1], [0.2, 0.7]], dtype=np.float32)
 
 def sheet(maps: np.ndarray, picture: Image.Image, **options: object) -> np.ndarray:
     style = {"colormap": "gray", "overlay": 1.0, "threshold": None, "size": max(picture.size)}
-    content = draw(maps, picture, Style(**{**style, **options}))  # type: ignore[arg-type]
+    content = draw(maps, picture, Style(**{**style, **options}))
     return np.asarray(Image.open(io.BytesIO(content)))
 
 

@@ -28,7 +28,7 @@ class Service:
 
         class Server(uvicorn.Server):
             async def startup(self, *args: object, **kwargs: object) -> None:
-                await super().startup(*args, **kwargs)  # type: ignore[arg-type]
+                await super().startup(*args, **kwargs)
                 started.set()
 
         app = create_app(settings, encoder=encoder)
