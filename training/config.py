@@ -1,30 +1,29 @@
 """The recipe of a run: frozen dataclasses, read from TOML and `key=value` overrides.
 
-The defaults are the original implementation's. An unknown key is an error that names the nearest
-known one; a value that cannot be is an error that names the field, the value and the rule.
+The defaults are the original implementation's. `training.tables` reads; what stands here checks.
 """
 
-import dataclasses
-import difflib
-import math
 import tomllib
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from backbone.architectures import Architecture
+from backbone.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from training.tables import ConfigError, build, override, plain, require
+
+__all__ = ["ConfigError", "Recipe", "load_recipe", "recipe_from_dict", "recipe_to_dict"]
 
 
-class ConfigError(ValueError):
-    """A recipe that cannot be run; the message names the key, the value and the rule."""
+def _one_of(key: str, value: str, *known: str) -> None:
+    require(value in known, key, value, f"must be one of {', '.join(known)}")
 
 
-def _require(holds: bool, key: str, value: object, rule: str) -> None:
-    if not holds:
-        raise ConfigError(f"{key} = {value!r}: {rule}")
+def _at_least(least: int, prefix: str, table: object, *names: str) -> None:
+    for name in names:
+        value = getattr(table, name)
+        require(value >= least, f"{prefix}{name}", value, f"must be at least {least}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,33 +31,57 @@ class Data:
     """Where the pictures come from.
 
     Attributes:
-        train: folders or tar files (compressed or not) of pictures; labels are not needed.
+        train: folders, tar files (compressed or not), Parquet files, or `.txt` lists of files;
+            labels are not needed.
         workers: processes that decode and augment; 0 does it in the training process itself.
+        stream: reads tar and Parquet shards from front to back instead of at random.
+        shuffle_buffer: pictures that a worker holds to shuffle a stream.
+        channels: of a picture; 3 is RGB.
+        mean, std: of each channel on a scale of 0 to 1; ImageNet's where left out for 3 channels,
+            0.5 and 0.25 for other counts.
+        augment: where crops are made: "workers" (Pillow), "device" (in batches), or "auto":
+            on the device where that is CUDA.
+        on_device: holds all pictures decoded in the device's memory.
     """
 
     train: tuple[str, ...] = ()
     workers: int = 4
+    stream: bool = False
+    shuffle_buffer: int = 2048
+    channels: int = 3
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    augment: str = "auto"
+    on_device: bool = False
 
     def __post_init__(self) -> None:
-        _require(bool(self.train), "data.train", list(self.train), "name a folder or a tar file")
-        _require(self.workers >= 0, "data.workers", self.workers, "must be 0 or more")
+        require(bool(self.train), "data.train", list(self.train), "name a folder or a tar file")
+        _at_least(0, "data.", self, "workers")
+        _at_least(1, "data.", self, "shuffle_buffer", "channels")
+        _one_of("data.augment", self.augment, "auto", "workers", "device")
+        rgb = self.channels == 3
+        mean = self.mean or (IMAGENET_MEAN if rgb else (0.5,) * self.channels)
+        std = self.std or (IMAGENET_STD if rgb else (0.25,) * self.channels)
+        for name, values in (("mean", mean), ("std", std)):
+            rule = f"must have one number a channel, data.channels = {self.channels}"
+            require(len(values) == self.channels, f"data.{name}", list(values), rule)
+            object.__setattr__(self, name, tuple(values))
+        require(all(v > 0 for v in std), "data.std", list(std), "must be above 0")
+        rule = "must be false with data.stream = true: a stream is read anew each epoch"
+        require(not (self.on_device and self.stream), "data.on_device", self.on_device, rule)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """The backbone; see `backbone.architectures`."""
+    """The backbone; see `backbone.architectures`. `patch_size` matters to ViTs alone."""
 
     architecture: str = "vit_small"
     patch_size: int = 16
     drop_path_rate: float = 0.1
 
     def __post_init__(self) -> None:
-        _require(
-            0.0 <= self.drop_path_rate < 1.0,
-            "model.drop_path_rate",
-            self.drop_path_rate,
-            "must be at least 0 and below 1",
-        )
+        rate = self.drop_path_rate
+        require(0.0 <= rate < 1.0, "model.drop_path_rate", rate, "must be at least 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,15 +90,17 @@ class Head:
 
     out_dim: int = 65536
     hidden_dim: int = 2048
+    bottleneck: bool = True
     bottleneck_dim: int = 256
     layers: int = 3
+    activation: str = "gelu"
     batch_norm: bool = False
     norm_last_layer: bool = True
+    predictor: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("out_dim", "hidden_dim", "bottleneck_dim", "layers"):
-            value = getattr(self, name)
-            _require(value >= 1, f"head.{name}", value, "must be at least 1")
+        _at_least(1, "head.", self, "out_dim", "hidden_dim", "bottleneck_dim", "layers")
+        _one_of("head.activation", self.activation, "gelu", "relu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,42 +114,67 @@ class Crops:
     local_scale: tuple[float, float] = (0.05, 0.4)
 
     def __post_init__(self) -> None:
-        _require(self.local_count >= 0, "crops.local_count", self.local_count, "must be >= 0")
+        _at_least(0, "crops.", self, "local_count")
+        _at_least(1, "crops.", self, "local_size")
         for name in ("global_scale", "local_scale"):
             low, high = getattr(self, name)
             rule = "must be two shares of the area, 0 < low <= high <= 1"
-            _require(0.0 < low <= high <= 1.0, f"crops.{name}", [low, high], rule)
+            require(0.0 < low <= high <= 1.0, f"crops.{name}", [low, high], rule)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """Temperatures and the centre; see `training.loss`."""
+    """What student and teacher are compared by; see `training.loss`.
 
+    Attributes:
+        kind: "cross_entropy", or "mse" between L2-normalised outputs.
+        centering: subtracts the centre from the teacher's outputs.
+        assignment: how the teacher's outputs become distributions: "softmax" over the dimensions,
+            "sinkhorn_knopp", or "batch_softmax".
+        sinkhorn_iterations: of Sinkhorn-Knopp.
+    """
+
+    kind: str = "cross_entropy"
+    centering: bool = True
+    center_momentum: float = 0.9
+    assignment: str = "softmax"
+    sinkhorn_iterations: int = 3
     student_temperature: float = 0.1
     teacher_temperature: float = 0.04
     warmup_teacher_temperature: float = 0.04
     warmup_teacher_epochs: int = 0
-    center_momentum: float = 0.9
 
     def __post_init__(self) -> None:
+        _one_of("loss.kind", self.kind, "cross_entropy", "mse")
+        known = ("softmax", "sinkhorn_knopp", "batch_softmax")
+        _one_of("loss.assignment", self.assignment, *known)
         for name in ("student_temperature", "teacher_temperature", "warmup_teacher_temperature"):
             value = getattr(self, name)
-            _require(value > 0.0, f"loss.{name}", value, "must be above 0")
-        epochs = self.warmup_teacher_epochs
-        _require(epochs >= 0, "loss.warmup_teacher_epochs", epochs, "must be 0 or more")
+            require(value > 0.0, f"loss.{name}", value, "must be above 0")
+        _at_least(0, "loss.", self, "warmup_teacher_epochs")
+        _at_least(1, "loss.", self, "sinkhorn_iterations")
         value = self.center_momentum
-        _require(0.0 <= value <= 1.0, "loss.center_momentum", value, "must be from 0 to 1")
+        require(0.0 <= value <= 1.0, "loss.center_momentum", value, "must be from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """The EMA's momentum at the first step; a cosine takes it to 1 at the last."""
+    """What the teacher is made of.
 
+    Attributes:
+        kind: "ema"; or, for the paper's ablations, "student_copy", "previous_iteration",
+            "previous_epoch".
+        momentum: the EMA's at the first step; a cosine takes it to 1 at the last.
+    """
+
+    kind: str = "ema"
     momentum: float = 0.996
 
     def __post_init__(self) -> None:
+        known = ("ema", "student_copy", "previous_iteration", "previous_epoch")
+        _one_of("teacher.kind", self.kind, *known)
         rule = "must be from 0 to 1"
-        _require(0.0 <= self.momentum <= 1.0, "teacher.momentum", self.momentum, rule)
+        require(0.0 <= self.momentum <= 1.0, "teacher.momentum", self.momentum, rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,14 +196,47 @@ class Optimizer:
     freeze_last_layer_epochs: int = 1
 
     def __post_init__(self) -> None:
-        known = ("adamw", "sgd", "lars")
-        rule = f"must be one of {', '.join(known)}"
-        _require(self.name in known, "optimizer.name", self.name, rule)
-        _require(self.lr > 0.0, "optimizer.lr", self.lr, "must be above 0")
+        _one_of("optimizer.name", self.name, "adamw", "sgd", "lars")
+        require(self.lr > 0.0, "optimizer.lr", self.lr, "must be above 0")
         names = ("min_lr", "weight_decay", "weight_decay_end", "clip_grad", "warmup_epochs")
-        for name in (*names, "freeze_last_layer_epochs"):
-            value = getattr(self, name)
-            _require(value >= 0, f"optimizer.{name}", value, "must be 0 or more")
+        _at_least(0, "optimizer.", self, *names, "freeze_last_layer_epochs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knn:
+    """The k-NN evaluation of student and teacher during a run.
+
+    Attributes:
+        train, val: class folders or tar files; leave both out for none.
+        every_epochs: epochs between two evaluations.
+        k: neighbours that vote.
+    """
+
+    train: tuple[str, ...] = ()
+    val: tuple[str, ...] = ()
+    every_epochs: int = 1
+    k: int = 20
+
+    def __post_init__(self) -> None:
+        rule = "knn.train and knn.val need each other"
+        require(bool(self.train) == bool(self.val), "knn.val", list(self.val), rule)
+        _at_least(1, "knn.", self, "every_epochs", "k")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The run's page of curves and attention maps.
+
+    Attributes:
+        every_epochs: epochs between two versions of it; 0 draws it at the end alone.
+        pictures: how many fixed pictures' attention maps are followed.
+    """
+
+    every_epochs: int = 1
+    pictures: int = 6
+
+    def __post_init__(self) -> None:
+        _at_least(0, "report.", self, "every_epochs", "pictures")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,48 +246,64 @@ class Recipe:
     Attributes:
         run_dir: where logs and snapshots go; a run that finds its own snapshots there goes on.
         epochs: passes over the pictures.
-        batch_size: pictures per process and step.
+        batch_size: pictures per process and forward.
+        accumulation: forwards per optimizer step; EMA, centre and schedules move once a step.
         seed: of weights, order and crops; the crops of a picture depend on nothing else.
         device: "auto", "cuda" or "cpu".
-        precision: "bf16" (autocast), "fp32", or "auto": bf16 on CUDA, fp32 on the CPU.
+        precision: "bf16" or "fp16" (autocast), "fp32", or "auto": bf16 on CUDA, fp32 on the CPU.
+        strategy: how processes share the work: "ddp", "fsdp" (parameters in shards), or "auto":
+            fsdp for vit_large, else ddp.
+        compile: compiles each block with torch.compile.
+        checkpoint_blocks: recomputes each block in the backward pass, for less memory.
+        init_from: weights that a new run starts from: an artifact, a checkpoint, a known name or
+            another run's folder; "" starts afresh.
         log_steps: steps between two lines of the log.
         snapshot_steps: steps between two snapshots.
+        keep_snapshots: how many of the newest are kept.
     """
 
     data: Data
     run_dir: str = "runs/dino"
     epochs: int = 100
     batch_size: int = 64
+    accumulation: int = 1
     seed: int = 0
     device: str = "auto"
     precision: str = "auto"
+    strategy: str = "auto"
+    compile: bool = False
+    checkpoint_blocks: bool = False
+    init_from: str = ""
     log_steps: int = 10
     snapshot_steps: int = 1000
+    keep_snapshots: int = 2
     model: Model = field(default_factory=Model)
     head: Head = field(default_factory=Head)
     crops: Crops = field(default_factory=Crops)
     loss: Loss = field(default_factory=Loss)
     teacher: Teacher = field(default_factory=Teacher)
     optimizer: Optimizer = field(default_factory=Optimizer)
+    knn: Knn = field(default_factory=Knn)
+    report: Report = field(default_factory=Report)
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "log_steps", "snapshot_steps"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        for name, known in (("device", ("auto", "cpu", "cuda")), ("precision", _PRECISIONS)):
-            value = getattr(self, name)
-            _require(value in known, name, value, f"must be one of {', '.join(known)}")
+        counts = ("epochs", "batch_size", "accumulation", "log_steps", "snapshot_steps")
+        _at_least(1, "", self, *counts, "keep_snapshots")
+        _one_of("device", self.device, "auto", "cpu", "cuda")
+        _one_of("precision", self.precision, "auto", "fp32", "bf16", "fp16")
+        _one_of("strategy", self.strategy, "auto", "ddp", "fsdp")
         rule = "must be from 0 to 2**32 - 1"
-        _require(0 <= self.seed < 2**32, "seed", self.seed, rule)
+        require(0 <= self.seed < 2**32, "seed", self.seed, rule)
         try:
             architecture = self.architecture
         except ValueError as error:
             raise ConfigError(f"model and crops.global_size: {error}") from error
         local = self.crops.local_size
         rule = f"must hold a patch, model.patch_size = {architecture.patch_size}"
-        _require(local >= architecture.patch_size, "crops.local_size", local, rule)
+        require(local >= architecture.patch_size, "crops.local_size", local, rule)
         warmup = self.optimizer.warmup_epochs
         rule = f"must be fewer than epochs = {self.epochs}"
-        _require(warmup < self.epochs, "optimizer.warmup_epochs", warmup, rule)
+        require(warmup < self.epochs, "optimizer.warmup_epochs", warmup, rule)
 
     @property
     def architecture(self) -> Architecture:
@@ -213,17 +312,12 @@ class Recipe:
             name=self.model.architecture,
             patch_size=self.model.patch_size,
             image_size=self.crops.global_size,
+            in_channels=self.data.channels,
         )
 
 
-_PRECISIONS = ("auto", "fp32", "bf16")
-
-
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a TOML file, then `key=value` overrides with dots for tables.
-
-    A value is read as TOML where it is valid TOML, and as a plain string elsewhere, so that
-    `run_dir=runs/a` and `data.train='["a.tar", "b.tar"]'` both say what they seem to.
+    """Reads a TOML file, then `key=value` overrides; see `training.tables.override`.
 
     Raises:
         ConfigError: a file that is missing or not TOML, an unknown key, an impossible value.
@@ -236,97 +330,16 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError(f"recipe {str(path)!r} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe {str(path)!r} is not TOML: {error}") from error
-    for override in overrides:
-        _override(table, override)
+    for each in overrides:
+        override(table, each)
     return recipe_from_dict(table)
 
 
 def recipe_from_dict(table: Mapping[str, Any]) -> Recipe:
     """The recipe that a mapping (TOML or JSON) tells; raises `ConfigError` as `load_recipe`."""
-    table = dict(table)
-    table.setdefault("data", {})
-    return typing.cast(Recipe, _build(Recipe, table, prefix=""))
+    return build(Recipe, {"data": {}, **table})
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     """What `recipe_from_dict` reads back; plain values that JSON and TOML can hold."""
-    return typing.cast(dict[str, Any], _plain(dataclasses.asdict(recipe)))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _override(table: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    _require(bool(separator and key), "override", override, "must look like key=value")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    *parents, last = key.strip().split(".")
-    for parent in parents:
-        table = table.setdefault(parent, {})
-        _require(isinstance(table, dict), key, text, f"{parent} is a value, not a table")
-    table[last] = value
-
-
-def _build(cls: type, table: Mapping[str, Any], *, prefix: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    values: dict[str, Any] = {}
-    for key, value in table.items():
-        name = f"{prefix}{key}"
-        if key not in hints:
-            raise ConfigError(f"unknown key {name!r}; {_nearest(name)}")
-        hint = hints[key]
-        if dataclasses.is_dataclass(hint):
-            _require(isinstance(value, Mapping), name, value, "must be a table")
-            values[key] = _build(typing.cast(type, hint), value, prefix=f"{name}.")
-        else:
-            values[key] = _convert(value, hint, name)
-    return cls(**values)
-
-
-def _convert(value: Any, hint: Any, name: str) -> Any:
-    if isinstance(hint, types.GenericAlias):
-        items = [value] if isinstance(value, str) else value
-        _require(isinstance(items, list), name, value, "must be a list")
-        inner = hint.__args__
-        if len(inner) == 2 and inner[1] is not Ellipsis:
-            _require(len(items) == 2, name, value, "must have two numbers")
-        return tuple(_convert(item, inner[0], name) for item in items)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    right = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
-    words = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
-    _require(right, name, value, f"must be {words.get(hint, hint)}")
-    if hint is float:
-        _require(math.isfinite(value), name, value, "must be finite")
-    return value
-
-
-def _nearest(name: str) -> str:
-    known = sorted(_keys(Recipe, ""))
-    leaf = name.rpartition(".")[2]
-    tables = {key.partition(".")[0] for key in known if "." in key}
-    close = difflib.get_close_matches(name, [*known, *sorted(tables)], n=1, cutoff=0.5)
-    close = close or [key for key in known if key.rpartition(".")[2] == leaf]
-    close = close or [
-        key
-        for near in difflib.get_close_matches(leaf, [k.rpartition(".")[2] for k in known], n=1)
-        for key in known
-        if key.endswith(near)
-    ]
-    return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
-
-
-def _keys(cls: type, prefix: str) -> list[str]:
-    keys: list[str] = []
-    for key, hint in typing.get_type_hints(cls).items():
-        if dataclasses.is_dataclass(hint):
-            keys += _keys(typing.cast(type, hint), f"{prefix}{key}.")
-        else:
-            keys.append(f"{prefix}{key}")
-    return keys
+    return cast(dict[str, Any], plain(recipe))

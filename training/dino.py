@@ -1,6 +1,7 @@
 """Student, teacher, projection head and the exponential moving average between them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +19,15 @@ class ProjectionHead(nn.Module):
         in_dim: size of the backbone's CLS.
         out_dim: K, the number of output dimensions (65536 in the paper).
         hidden_dim: size of the MLP's hidden layers.
+        bottleneck: with the L2-normalised bottleneck and the weight-normalised layer after it; an
+            MLP without them ends in K dimensions itself (an ablation of the paper's appendix).
         bottleneck_dim: size of the L2-normalised bottleneck.
         layers: linear layers of the MLP, the one into the bottleneck included; 1 is no MLP.
+        activation: "gelu" or "relu".
         batch_norm: a BatchNorm after each hidden layer (the paper leaves it out for ViTs).
         norm_last_layer: fixes the last layer's gain g at 1; the paper frees it for ViT-S.
+        predictor: one more MLP (bottleneck, hidden, bottleneck) before the last layer, for the
+            student alone: BYOL's asymmetry, which the paper finds DINO does not need.
     """
 
     def __init__(
@@ -30,36 +36,47 @@ class ProjectionHead(nn.Module):
         out_dim: int,
         *,
         hidden_dim: int = 2048,
+        bottleneck: bool = True,
         bottleneck_dim: int = 256,
         layers: int = 3,
+        activation: str = "gelu",
         batch_norm: bool = False,
         norm_last_layer: bool = True,
+        predictor: bool = False,
     ) -> None:
         super().__init__()
         if layers < 1:
             raise ValueError(f"the head has {layers} layers; it needs at least 1")
-        if layers == 1:
-            self.mlp: nn.Module = nn.Linear(in_dim, bottleneck_dim)
-        else:
-            steps: list[nn.Module] = []
-            width = in_dim
-            for _ in range(layers - 1):
-                steps.append(nn.Linear(width, hidden_dim))
-                if batch_norm:
-                    steps.append(nn.BatchNorm1d(hidden_dim))
-                steps.append(nn.GELU())
-                width = hidden_dim
-            steps.append(nn.Linear(width, bottleneck_dim))
-            self.mlp = nn.Sequential(*steps)
+        if predictor and not bottleneck:
+            raise ValueError("a predictor stands behind the bottleneck; this head has none")
+        between = (lambda: nn.BatchNorm1d(hidden_dim)) if batch_norm else None
+        act = {"gelu": nn.GELU, "relu": nn.ReLU}[activation]
+        end = bottleneck_dim if bottleneck else out_dim
+        self.mlp = _mlp([in_dim, *[hidden_dim] * (layers - 1), end], act, between)
+        self.predictor: nn.Module | None = None
+        if predictor:
+            self.predictor = _mlp([bottleneck_dim, hidden_dim, bottleneck_dim], act, between)
         self.apply(_init_linear)
-        self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
-        self.last_layer.weight_g.requires_grad_(not norm_last_layer)
+        self.last_layer: WeightNormLinear | None = None
+        if bottleneck:
+            self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
+            self.last_layer.weight_g.requires_grad_(not norm_last_layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """Embeddings [B, in_dim] -> outputs before the softmax [B, K]."""
-        x = F.normalize(self.mlp(x), dim=-1, p=2)
-        outputs: Tensor = self.last_layer(x)
+        x = self.mlp(x)
+        if self.last_layer is None:
+            return x
+        if self.predictor is not None:
+            x = self.predictor(x)
+        outputs: Tensor = self.last_layer(F.normalize(x, dim=-1, p=2))
         return outputs
+
+    def last_parameters(self) -> list[nn.Parameter]:
+        """Those of the layer that gives the K outputs, which stays frozen at first."""
+        if self.last_layer is not None:
+            return list(self.last_layer.parameters())
+        return list((self.mlp if isinstance(self.mlp, nn.Linear) else self.mlp[-1]).parameters())
 
 
 class WeightNormLinear(nn.Module):
@@ -143,8 +160,21 @@ def clip_each_gradient(parameters: Iterable[nn.Parameter], max_norm: float) -> T
 
 def drop_last_layer_gradient(student: Network) -> None:
     """Freezes the head's last layer for this step: without a gradient optimizers leave it alone."""
-    for parameter in student.head.last_layer.parameters():
+    for parameter in student.head.last_parameters():
         parameter.grad = None
+
+
+def _mlp(
+    widths: Sequence[int], activation: type[nn.Module], norm: Callable[[], nn.Module] | None
+) -> nn.Sequential | nn.Linear:
+    """Linear layers from width to width, with a norm and an activation between two."""
+    linear = [nn.Linear(n_in, n_out) for n_in, n_out in pairwise(widths)]
+    if len(linear) == 1:
+        return linear[0]
+    steps: list[nn.Module] = []
+    for layer in linear[:-1]:
+        steps += [layer, *([norm()] if norm else []), activation()]
+    return nn.Sequential(*steps, linear[-1])
 
 
 def _init_linear(module: nn.Module) -> None:

@@ -18,8 +18,8 @@ from backbone.preprocess import Preprocess
 from backbone.whitening import fit_whitening
 from training import snapshot
 from training.config import ConfigError, recipe_from_dict
-from training.data import Pictures, every, open_pictures
 from training.evaluation.features import embedder, extract
+from training.sources import Pictures, every, open_pictures
 
 WHITEN_COUNT = 5000
 

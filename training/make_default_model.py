@@ -23,12 +23,12 @@ from backbone.artifact import Artifact
 from backbone.preprocess import Preprocess
 from backbone.pretrained import DEFAULT_MODEL
 from training.config import Recipe, load_recipe
-from training.data import Pictures, open_pictures
 from training.distributed import world
 from training.evaluation import knn
 from training.evaluation.features import embedder
 from training.export import export, teacher_artifact, whitened
 from training.pretrain import pretrain
+from training.sources import Pictures, open_pictures
 
 PIXELS = 64  # side of the data set's pictures
 

@@ -36,6 +36,7 @@ from training.monitors import Monitor, TrainingDiverged, check_finite
 from training.optimizers import make_optimizer, set_rates
 from training.precision import autocast, autocast_dtype
 from training.schedules import cosine, linear_warmup
+from training.sources import DataError, open_pictures
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = load_recipe(options.recipe, options.overrides)
         with world(recipe.device) as here:
             pretrain(recipe, here)
-    except (ConfigError, data.DataError, snapshot.SnapshotError, TrainingDiverged) as error:
+    except (ConfigError, DataError, snapshot.SnapshotError, TrainingDiverged) as error:
         print(f"error: {data.one_line(error)}", file=sys.stderr)
         return 2
     return 0
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def pretrain(recipe: Recipe, here: World) -> None:
     """One whole run, or what is left of it."""
     run_dir = Path(recipe.run_dir)
-    pictures = data.open_pictures(recipe.data.train)
+    pictures = open_pictures(recipe.data.train)
     steps_per_epoch = data.steps_per_epoch(len(pictures.names), recipe.batch_size, here)
     stop = recipe.epochs * steps_per_epoch
 

@@ -15,18 +15,9 @@ from PIL import Image
 
 from tests.training.conftest import ROOT, finish, picture, write_pictures
 from training.config import Crops
-from training.data import (
-    DataError,
-    FolderPictures,
-    MultiCropDataset,
-    RunSampler,
-    class_labels,
-    crop_loader,
-    decode,
-    open_pictures,
-    steps_per_epoch,
-)
+from training.data import MultiCropDataset, RunSampler, crop_loader, decode, steps_per_epoch
 from training.distributed import World
+from training.sources import DataError, FolderPictures, class_labels, open_pictures
 
 CROPS = Crops(global_size=16, local_count=2, local_size=8)
 COMPRESSIONS = {"": "plain", "gz": "gzip", "bz2": "bzip2", "xz": "xz"}
@@ -116,7 +107,7 @@ def test_an_unpacked_tar_goes_when_the_process_ends(tmp_path: Path) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     code = (
-        "import tempfile, pathlib; from training.data import open_pictures\n"
+        "import tempfile, pathlib; from training.sources import open_pictures\n"
         f"tempfile.tempdir = {str(scratch)!r}\n"
         f"pictures = open_pictures([{str(tar)!r}])\n"
         f"print(len(pictures.read(1)), len(list(pathlib.Path({str(scratch)!r}).iterdir())))"

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from backbone.artifact import ArtifactError
 from training.config import ConfigError
-from training.data import DataError, one_line
+from training.data import one_line
 from training.evaluation import knn
+from training.sources import DataError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,8 +9,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from backbone.artifact import Artifact
-from training.data import Pictures, decode, one_thread
+from training.data import decode, one_thread
 from training.precision import autocast, autocast_dtype
+from training.sources import Pictures
 
 
 class _Views(Dataset[Tensor]):

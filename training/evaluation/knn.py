@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from backbone.pretrained import load_model
-from training.data import DataError, Pictures, class_labels, open_pictures
 from training.distributed import choose_device
 from training.evaluation.features import class_indices, embedder, extract
+from training.sources import DataError, Pictures, class_labels, open_pictures
 
 TEMPERATURE = 0.07
 _CHUNK = 512
