@@ -3,17 +3,23 @@
 Parameter names are those of the original implementation, so that its checkpoints load unchanged.
 
 Legend for shapes: B pictures, C channels, D embedding size, N patches (h x w), T = 1 + N tokens,
-A heads.
+A heads. Inside, the tokens of all pictures stand one after another as [sum of B * T, D], so that
+pictures of several sizes share every norm and linear layer; attention alone takes them apart.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 AttentionRows = Literal["none", "cls", "full"]
+
+Group = tuple[int, int]
+"""Pictures of one size: how many, and how many tokens each of them has."""
 
 _INIT_STD = 0.02
 
@@ -35,6 +41,17 @@ class Features(NamedTuple):
     grid: tuple[int, int]
     blocks: tuple[Tensor, ...]
     attention: Tensor | None
+
+
+class Choice(NamedTuple):
+    """The pictures whose branch is not dropped: rows of their tokens, and their groups."""
+
+    rows: Tensor
+    groups: list[Group]
+
+
+Kept = tuple[Choice | None, Choice | None]
+"""What stochastic depth leaves of a block's two branches; None is all."""
 
 
 class VisionTransformer(nn.Module):
@@ -83,11 +100,12 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         n_patches = (image_size // patch_size) ** 2
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + n_patches, embed_dim))
-        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        self.drop_path_rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, qkv_bias, rate) for rate in rates
+            Block(embed_dim, num_heads, mlp_ratio, qkv_bias, rate) for rate in self.drop_path_rates
         )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.recompute_blocks = False
 
         nn.init.trunc_normal_(self.pos_embed, std=_INIT_STD)
         nn.init.trunc_normal_(self.cls_token, std=_INIT_STD)
@@ -110,22 +128,47 @@ class VisionTransformer(nn.Module):
         Raises:
             ValueError: the pictures' shape does not fit the network, or `last_blocks` its depth.
         """
-        self._check(pictures, last_blocks)
-        x = self.patch_embed(pictures)
-        h, w = x.shape[-2:]
-        x = x.flatten(2).transpose(1, 2)
-        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
-        x = x + self.positions(h, w)
+        if not 1 <= last_blocks <= len(self.blocks):
+            raise ValueError(f"last_blocks is {last_blocks}, not 1 to {len(self.blocks)}")
+        x, (h, w) = self.embed(pictures)
+        b, t, d = x.shape
+        x, groups = x.flatten(0, 1), [(b, t)]
 
         kept: list[Tensor] = []
         weights: Tensor | None = None
         last = len(self.blocks) - 1
-        for i, block in enumerate(self.blocks):
-            x, weights = block(x, attention if i == last else "none")
+        for i, (block, drawn) in enumerate(zip(self.blocks, self._draw(groups), strict=True)):
+            x, weights = block(x, groups, drawn, attention if i == last else "none")
             if i > last - last_blocks:
-                kept.append(self.norm(x))
+                kept.append(self.norm(x).reshape(b, t, d))
         tokens = kept[-1]
         return Features(tokens[:, 0], tokens[:, 1:], (h, w), tuple(kept), weights)
+
+    def forward_cls(self, batches: Sequence[Tensor]) -> Tensor:
+        """The CLS [sum of B, D] of several batches, each [B, C, H, W] of a size of its own.
+
+        One pass through the blocks serves them all. `recompute_blocks` trades time for memory.
+        """
+        parts = [self.embed(pictures)[0] for pictures in batches]
+        groups = [(x.shape[0], x.shape[1]) for x in parts]
+        x = torch.cat([part.flatten(0, 1) for part in parts])
+        for block, drawn in zip(self.blocks, self._draw(groups), strict=True):
+            if self.recompute_blocks and torch.is_grad_enabled():
+                x, _ = checkpoint(block, x, groups, drawn, "none", use_reentrant=False)
+            else:
+                x, _ = block(x, groups, drawn, "none")
+        parts = _split(x, groups)
+        cls: Tensor = self.norm(torch.cat([part[:, 0] for part in parts]))
+        return cls
+
+    def embed(self, pictures: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Pictures [B, C, H, W] -> tokens before the first block [B, T, D], and their grid."""
+        self._check(pictures)
+        x = self.patch_embed(pictures)
+        h, w = x.shape[-2:]
+        x = x.flatten(2).transpose(1, 2)
+        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
+        return x + self.positions(h, w), (h, w)
 
     def positions(self, h: int, w: int) -> Tensor:
         """The positions [1, 1 + h * w, D] of a grid of h x w patches.
@@ -144,7 +187,28 @@ class VisionTransformer(nn.Module):
         )
         return torch.cat((cls, grid.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
 
-    def _check(self, pictures: Tensor, last_blocks: int) -> None:
+    def _draw(self, groups: Sequence[Group]) -> list[Kept]:
+        """Stochastic depth's choices for one forward, each block's on its own.
+
+        Drawn on the CPU, whose random state a run can seed, and sent to the device in one piece:
+        the host knows every shape without waiting for the device.
+        """
+        if not self.training or not any(self.drop_path_rates):
+            return [(None, None)] * len(self.drop_path_rates)
+        choices = [
+            _choose(groups, rate) if rate else None
+            for rate in self.drop_path_rates
+            for _ in range(2)
+        ]
+        rows = torch.cat([choice.rows for choice in choices if choice])
+        if self.cls_token.device.type == "cuda":
+            rows = rows.pin_memory()
+        rows = rows.to(self.cls_token.device, non_blocking=True)
+        parts = iter(torch.split(rows, [len(choice.rows) for choice in choices if choice]))
+        placed = [choice and choice._replace(rows=next(parts)) for choice in choices]
+        return list(zip(placed[::2], placed[1::2], strict=True))
+
+    def _check(self, pictures: Tensor) -> None:
         if pictures.ndim != 4 or pictures.shape[1] != self.in_channels:
             raise ValueError(
                 f"pictures have shape {list(pictures.shape)}, "
@@ -155,8 +219,6 @@ class VisionTransformer(nn.Module):
             raise ValueError(
                 f"pictures of {height} x {width} pixels hold no patch of {self.patch_size}"
             )
-        if not 1 <= last_blocks <= len(self.blocks):
-            raise ValueError(f"last_blocks is {last_blocks}, not 1 to {len(self.blocks)}")
 
 
 class PatchEmbedding(nn.Module):
@@ -173,7 +235,12 @@ class PatchEmbedding(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, each with a residual connection and stochastic depth."""
+    """Pre-norm attention and MLP, each with a residual connection and stochastic depth.
+
+    Stochastic depth (arXiv 1603.09382): in training, a picture's branch is dropped whole with
+    probability `drop_path_rate`, and what is kept is scaled by 1 / (1 - rate). Dropped pictures
+    are left out of the computation.
+    """
 
     def __init__(
         self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, drop_path_rate: float
@@ -181,16 +248,28 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads, qkv_bias)
-        self.drop_path = DropPath(drop_path_rate)
+        self.drop_path_rate = drop_path_rate
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, attention: AttentionRows) -> tuple[Tensor, Tensor | None]:
-        """Tokens [B, T, D] -> tokens [B, T, D], and the attention that was asked for."""
-        y, weights = self.attn(self.norm1(x), attention)
-        x = x + self.drop_path(y)
-        x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return x, weights
+    def forward(
+        self, x: Tensor, groups: Sequence[Group], kept: Kept, attention: AttentionRows
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens [sum of B * T, D] -> the same, and the attention that was asked for."""
+        first, second = kept
+        some = x if first is None else x[first.rows]
+        y, weights = self.attn(
+            self.norm1(some), groups if first is None else first.groups, attention
+        )
+        x = self._add(x, y, first)
+        some = x if second is None else x[second.rows]
+        return self._add(x, self.mlp(self.norm2(some)), second), weights
+
+    def _add(self, x: Tensor, branch: Tensor, kept: Choice | None) -> Tensor:
+        if kept is None:
+            return x + branch
+        scale = 1.0 / (1.0 - self.drop_path_rate)
+        return x.index_add(0, kept.rows, branch.to(x.dtype), alpha=scale)
 
 
 class Attention(nn.Module):
@@ -203,13 +282,22 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, attention: AttentionRows) -> tuple[Tensor, Tensor | None]:
-        """Tokens [B, T, D] -> [B, T, D] and None, [B, A, T] (CLS row) or [B, A, T, T]."""
-        b, t, d = x.shape
-        qkv = self.qkv(x).reshape(b, t, 3, self.num_heads, d // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        y = F.scaled_dot_product_attention(q, k, v)
-        y = self.proj(y.transpose(1, 2).reshape(b, t, d))
+    def forward(
+        self, x: Tensor, groups: Sequence[Group], attention: AttentionRows
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens [sum of B * T, D] -> the same, and None, [B, A, T] (CLS row) or [B, A, T, T].
+
+        Weights are those of the last group, which is the only one where they are asked for.
+        """
+        mixed: list[Tensor] = []
+        q = k = x
+        for part in _split(self.qkv(x), groups):
+            b, t, d = part.shape
+            heads = part.reshape(b, t, 3, self.num_heads, d // 3 // self.num_heads)
+            q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
+            y = F.scaled_dot_product_attention(q, k, v)
+            mixed.append(y.transpose(1, 2).reshape(b * t, d // 3))
+        y = self.proj(mixed[0] if len(mixed) == 1 else torch.cat(mixed))
         if attention == "none":
             return y, None
         rows = q[:, :, :1] if attention == "cls" else q
@@ -232,20 +320,20 @@ class Mlp(nn.Module):
         return y
 
 
-class DropPath(nn.Module):
-    """Stochastic depth (arXiv 1603.09382): in training, a sample's branch is dropped whole."""
+def _split(x: Tensor, groups: Sequence[Group]) -> list[Tensor]:
+    """[sum of B * T, D] -> each group's [B, T, D]."""
+    parts = torch.split(x, [b * t for b, t in groups])
+    return [part.reshape(b, t, x.shape[-1]) for part, (b, t) in zip(parts, groups, strict=True)]
 
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Scales what is kept by 1 / (1 - rate), so that the expectation is unchanged."""
-        if self.rate == 0.0 or not self.training:
-            return x
-        keep = 1.0 - self.rate
-        shape = (len(x),) + (1,) * (x.ndim - 1)
-        return x * x.new_empty(shape).bernoulli_(keep).div_(keep)
+def _choose(groups: Sequence[Group], rate: float) -> Choice:
+    rows, kept, start = [], [], 0
+    for b, t in groups:
+        chosen = (torch.rand(b) >= rate).nonzero()
+        rows.append((start + chosen * t + torch.arange(t)).flatten())
+        kept.append((len(chosen), t))
+        start += b * t
+    return Choice(torch.cat(rows), kept)
 
 
 def _init_linear(module: nn.Module) -> None:

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone.vit import VisionTransformer
+from training.distributed import all_reduce_sum
+from training.sharding import is_sharded, local
 
 _INIT_STD = 0.02
 
@@ -110,7 +112,7 @@ class Network(nn.Module):
     def forward(self, crops: Sequence[Tensor]) -> Tensor:
         """Crops, each [B, C, H, W] -> outputs [len(crops) * B, K], in the order of the crops.
 
-        Neighbouring crops of one size go through the backbone as one batch.
+        Neighbouring crops of one size are one batch for the backbone.
         """
         groups: list[list[Tensor]] = []
         for crop in crops:
@@ -118,8 +120,7 @@ class Network(nn.Module):
                 groups[-1].append(crop)
             else:
                 groups.append([crop])
-        cls = [self.backbone(torch.cat(group)).cls for group in groups]
-        outputs: Tensor = self.head(torch.cat(cls))
+        outputs: Tensor = self.head(self.backbone.forward_cls([torch.cat(g) for g in groups]))
         return outputs
 
 
@@ -127,34 +128,57 @@ def make_teacher(student: Network, teacher: Network) -> Network:
     """Starts the teacher equal to the student; no gradient ever reaches it.
 
     The teacher stays in training mode, as in the original: a BatchNorm in its head uses its own
-    batch's statistics, and its stochastic depth is 0 by construction.
+    batch's statistics, and its stochastic depth is 0 by construction. It has no predictor.
     """
-    teacher.load_state_dict(student.state_dict())
+    weights = student.state_dict()
+    teacher.load_state_dict({name: weights[name] for name in teacher.state_dict()})
     return teacher.requires_grad_(False)
 
 
 @torch.no_grad()
 def update_teacher(teacher: Network, student: Network, momentum: float) -> None:
-    """theta_t <- momentum * theta_t + (1 - momentum) * theta_s, parameters only, not buffers."""
-    ours: list[Tensor] = list(teacher.parameters())
-    theirs: list[Tensor] = list(student.parameters())
-    torch._foreach_mul_(ours, momentum)
-    torch._foreach_add_(ours, theirs, alpha=1.0 - momentum)
+    """theta_t <- momentum * theta_t + (1 - momentum) * theta_s, parameters only, not buffers.
+
+    A momentum of 0 copies the student.
+    """
+    theirs = dict(student.named_parameters())
+    pairs = [(local(t), local(theirs[name])) for name, t in teacher.named_parameters()]
+    ours, students = (list(part) for part in zip(*pairs, strict=True))
+    if momentum == 0.0:
+        torch._foreach_copy_(ours, students)
+    else:
+        torch._foreach_lerp_(ours, students, 1.0 - momentum)
 
 
 @torch.no_grad()
-def clip_each_gradient(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_each_gradient(
+    parameters: Iterable[nn.Parameter], max_norm: float, scale: Tensor | None = None
+) -> Tensor:
     """Clips each parameter's gradient to `max_norm` on its own, as the original does.
 
     This is a quirk kept for parity: not one norm over all parameters, and a coefficient of
-    max_norm / (norm + 1e-6). Returns the norm over all gradients before clipping, a scalar tensor.
+    max_norm / (norm + 1e-6).
+
+    Args:
+        max_norm: 0 does not clip.
+        scale: what the loss was multiplied by; gradients are divided by it first.
+
+    Returns:
+        The norm over all gradients before clipping, a scalar; not finite where any of them is not.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = torch._foreach_norm(gradients)
-    if max_norm > 0:
-        factors = [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
-        torch._foreach_mul_(gradients, factors)
-    total: Tensor = torch.stack(norms).norm()
+    found = [p.grad for p in parameters if p.grad is not None]
+    gradients = [local(gradient) for gradient in found]
+    norms = torch.stack(torch._foreach_norm(gradients))
+    if any(is_sharded(gradient) for gradient in found):
+        norms = all_reduce_sum(norms.square()).sqrt()
+    if scale is not None:
+        norms = norms / scale
+    factors = (max_norm / (norms + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norms)
+    if scale is not None:
+        factors = factors / scale
+    if max_norm > 0 or scale is not None:
+        torch._foreach_mul_(gradients, list(factors.unbind()))
+    total: Tensor = norms.norm()
     return total
 
 

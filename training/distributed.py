@@ -66,13 +66,50 @@ def world(device: str) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def all_reduce_mean(value: Tensor) -> Tensor:
-    """The mean of each process's `value`, on every process."""
+class Reduction:
+    """A mean over processes that is on its way; see `reduce_mean`."""
+
+    def __init__(self, value: Tensor, work: dist.Work | None) -> None:
+        self._value = value
+        self._work = work
+
+    def wait(self) -> Tensor:
+        """The mean, once it is there. On CUDA the stream waits, not the host."""
+        if self._work is None:
+            return self._value
+        self._work.wait()
+        return self._value / dist.get_world_size()
+
+
+def reduce_mean(value: Tensor) -> Reduction:
+    """Starts the mean of each process's `value`, and returns at once."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return Reduction(value, None)
+    value = value.clone()
+    return Reduction(value, dist.all_reduce(value, async_op=True))
+
+
+def all_reduce_sum(value: Tensor) -> Tensor:
+    """The sum of each process's `value`, on every process."""
+    return _all_reduce(value, dist.ReduceOp.SUM)
+
+
+def all_reduce_max(value: Tensor) -> Tensor:
+    """The greatest of each process's `value`, element by element, on every process."""
+    return _all_reduce(value, dist.ReduceOp.MAX)
+
+
+def _all_reduce(value: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     value = value.clone()
-    dist.all_reduce(value)
-    return value / dist.get_world_size()
+    dist.all_reduce(value, operation)
+    return value
+
+
+def all_reduce_mean(value: Tensor) -> Tensor:
+    """The mean of each process's `value`, on every process."""
+    return reduce_mean(value).wait()
 
 
 def all_gather_int(value: int, device: torch.device) -> list[int]:

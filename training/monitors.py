@@ -21,6 +21,7 @@ COLUMNS = (
     "loss",
     "teacher_entropy",
     "kl",
+    "agreement",
     "gradient_norm",
     "lr",
     "weight_decay",

@@ -1,4 +1,8 @@
-"""Parameter groups, and LARS, which the framework does not have."""
+"""Parameter groups, and LARS, which the framework does not have.
+
+Every optimizer here looks at its attribute `found_inf`, a scalar on the device: above 0, `step`
+leaves parameters and state as they are, without the host ever waiting to know.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -31,7 +35,12 @@ def make_optimizer(name: str, network: nn.Module) -> torch.optim.Optimizer:
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, fused=True)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+        sgd = torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
+        for group in sgd.param_groups:
+            for parameter in group["params"]:
+                # A first step that is skipped would leave the framework's buffer uninitialised.
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     if name == "lars":
         return Lars(groups)
     raise ValueError(f"optimizer {name!r} is not one of adamw, sgd, lars")
@@ -42,6 +51,12 @@ def set_rates(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: floa
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.param_groups[0]["weight_decay"] = weight_decay
+
+
+def skip_if(optimizer: torch.optim.Optimizer, found_inf: Tensor) -> None:
+    """Lets the next `step` change nothing where the scalar `found_inf` is above 0."""
+    optimizer.grad_scale = None  # type: ignore[attr-defined]
+    optimizer.found_inf = found_inf  # type: ignore[attr-defined]
 
 
 class Lars(torch.optim.Optimizer):
@@ -58,6 +73,7 @@ class Lars(torch.optim.Optimizer):
         """One update; `closure` is refused."""
         if closure is not None:
             raise ValueError("LARS takes no closure")
+        skip: Tensor | None = getattr(self, "found_inf", None)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -69,8 +85,13 @@ class Lars(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if "momentum" not in state:
                     state["momentum"] = torch.zeros_like(parameter)
-                state["momentum"].mul_(group["momentum"]).add_(update)
-                parameter.add_(state["momentum"], alpha=-group["lr"])
+                moved = state["momentum"] * group["momentum"] + update
+                if skip is not None:
+                    moved = torch.where(skip > 0, state["momentum"], moved)
+                state["momentum"].copy_(moved)
+                if skip is not None:
+                    moved = torch.where(skip > 0, 0.0, moved)
+                parameter.add_(moved, alpha=-group["lr"])
 
 
 def _trust_ratio(parameter: Tensor, update: Tensor, eta: float) -> Tensor:

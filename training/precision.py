@@ -1,9 +1,10 @@
-"""The arithmetic of a step: fp32, or bf16 by autocast."""
+"""The arithmetic of a step: fp32, or bf16 or fp16 by autocast, fp16 with a scaled loss."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
@@ -11,7 +12,35 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """What a recipe's `precision` means on `device`; None is fp32 throughout."""
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
-    return torch.bfloat16 if precision == "bf16" else None
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
+
+
+class LossScale(nn.Module):
+    """Multiplies the loss, so that fp16's small gradients do not vanish; dynamic, on the device.
+
+    The framework's own scaler asks the host each step whether a gradient was infinite. This one
+    never does: halved after a step with gradients that are not finite, doubled after `interval`
+    good ones.
+    """
+
+    scale: Tensor
+    good_steps: Tensor
+
+    def __init__(self, *, initial: float = 2.0**16, interval: int = 2000) -> None:
+        super().__init__()
+        self.interval = interval
+        self.register_buffer("scale", torch.tensor(initial))
+        self.register_buffer("good_steps", torch.tensor(0))
+
+    @torch.no_grad()
+    def update(self, found_inf: Tensor) -> None:
+        """Takes in whether the step's gradients were not finite (above 0)."""
+        bad = found_inf > 0
+        self.good_steps.copy_(torch.where(bad, 0, self.good_steps + 1))
+        grow = self.good_steps >= self.interval
+        self.good_steps.masked_fill_(grow, 0)
+        factor = torch.where(bad, 0.5, torch.where(grow, 2.0, 1.0))
+        self.scale.mul_(factor)
 
 
 @contextmanager

@@ -9,34 +9,26 @@ Run the same command again to go on from the last snapshot in `run_dir`.
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-from backbone.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from training import data, snapshot
 from training.augmentations import normalise
 from training.config import ConfigError, Recipe, load_recipe, recipe_to_dict
-from training.dino import (
-    Network,
-    ProjectionHead,
-    clip_each_gradient,
-    drop_last_layer_gradient,
-    make_teacher,
-    update_teacher,
-)
+from training.dino import clip_each_gradient, drop_last_layer_gradient, update_teacher
 from training.distributed import World, all_gather_int, barrier, world
-from training.loss import DinoLoss, LossTerms
+from training.loss import TEACHER_CROPS, LossTerms
 from training.monitors import Monitor, TrainingDiverged, check_finite
-from training.optimizers import make_optimizer, set_rates
-from training.precision import autocast, autocast_dtype
+from training.optimizers import set_rates, skip_if
+from training.precision import autocast
 from training.schedules import cosine, linear_warmup
 from training.sources import DataError, open_pictures
+from training.state import Training, make_training, restore, state_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,7 +58,10 @@ def pretrain(recipe: Recipe, here: World) -> None:
     torch.manual_seed(recipe.seed)  # the same weights on every rank
     training = make_training(recipe, here)
     scale = {"pictures": len(pictures.names), "processes": here.size}
-    start = resume(run_dir, recipe, scale, training, here)
+    start = 0
+    if found_snapshot := snapshot.latest(run_dir):
+        start, path = found_snapshot
+        restore(training, snapshot.load(path, here.device), recipe=recipe, scale=scale)
     check_agreement(start, len(pictures.names), here)
 
     sampler = data.RunSampler(
@@ -92,7 +87,7 @@ def pretrain(recipe: Recipe, here: World) -> None:
     )
     mean, std = (
         torch.tensor(values, device=here.device).reshape(-1, 1, 1)
-        for values in (IMAGENET_MEAN, IMAGENET_STD)
+        for values in (recipe.data.mean, recipe.data.std)
     )
 
     with monitor:
@@ -108,12 +103,15 @@ def pretrain(recipe: Recipe, here: World) -> None:
             # Drop paths, the only chance in a step, are drawn anew from it: resuming is exact.
             torch.manual_seed((recipe.seed * 1_000_003 + step) * here.size + here.rank)
             rates = rates_at(step, steps_per_epoch, recipe, batch=recipe.batch_size * here.size)
-            terms, gradient_norm = train_step(training, crops, rates)
-            figures = {**terms._asdict(), "gradient_norm": gradient_norm}
+            found = train_step(training, [crops], rates)
+            figures = {**found.terms._asdict(), "gradient_norm": found.gradient_norm}
             monitor.step(step, step // steps_per_epoch, figures, rates.logged())
             if (step + 1) % recipe.snapshot_steps == 0 or step + 1 == stop:
-                check_finite(terms.loss, step)
-                save(run_dir, step + 1, recipe, scale, training, here)
+                check_finite(found.terms.loss, step)
+                state = state_of(training, step=step + 1, recipe=recipe, scale=scale)
+                if here.is_main:
+                    snapshot.save(run_dir, step + 1, state)
+                barrier()
 
 
 def check_agreement(start: int, pictures: int, here: World) -> None:
@@ -176,151 +174,70 @@ def rates_at(step: int, steps_per_epoch: int, recipe: Recipe, *, batch: int) -> 
     )
 
 
-@dataclass
-class Training:
-    """All that moves in a run.
+class StepResult(NamedTuple):
+    """What a step found, all scalars on the device.
 
-    `student` is the plain network; `parallel` is what is called, the same or wrapped in DDP.
+    Attributes:
+        terms: the loss's, as means over the step's batches.
+        gradient_norm: over all gradients, before clipping.
+        skipped: 1 where a gradient was not finite, so that nothing moved; else 0.
     """
 
-    student: Network
-    parallel: nn.Module
-    teacher: Network
-    loss: DinoLoss
-    optimizer: torch.optim.Optimizer
-    clip_grad: float
-    autocast: torch.dtype | None
-
-
-def make_training(recipe: Recipe, here: World) -> Training:
-    """Student and teacher (equal at the start), loss and optimizer, on this process's device."""
-    student = make_network(recipe, drop_path_rate=recipe.model.drop_path_rate).to(here.device)
-    teacher = make_teacher(student, make_network(recipe, drop_path_rate=0.0).to(here.device))
-    parallel: nn.Module = student
-    if here.size > 1:
-        if recipe.head.batch_norm:
-            if here.device.type != "cuda":
-                raise ConfigError(
-                    "head.batch_norm = true: batch statistics over several processes exist on "
-                    "CUDA alone; use one process, or leave it out"
-                )
-            convert = cast(Callable[[nn.Module], Network], nn.SyncBatchNorm.convert_sync_batchnorm)
-            student, teacher = convert(student), convert(teacher)
-        parallel = DistributedDataParallel(
-            student, device_ids=[here.device] if here.device.type == "cuda" else None
-        )
-    loss = DinoLoss(
-        recipe.head.out_dim,
-        student_temperature=recipe.loss.student_temperature,
-        center_momentum=recipe.loss.center_momentum,
-    ).to(here.device)
-    return Training(
-        student=student,
-        parallel=parallel,
-        teacher=teacher,
-        loss=loss,
-        optimizer=make_optimizer(recipe.optimizer.name, student),
-        clip_grad=recipe.optimizer.clip_grad,
-        autocast=autocast_dtype(recipe.precision, here.device),
-    )
-
-
-def make_network(recipe: Recipe, *, drop_path_rate: float) -> Network:
-    """Backbone and head as the recipe says."""
-    backbone = recipe.architecture.build(drop_path_rate=drop_path_rate)
-    settings = asdict(recipe.head)
-    head = ProjectionHead(backbone.embed_dim, settings.pop("out_dim"), **settings)
-    return Network(backbone, head)
+    terms: LossTerms
+    gradient_norm: Tensor
+    skipped: Tensor
 
 
 def train_step(
-    training: Training, crops: Sequence[Tensor], rates: Rates
-) -> tuple[LossTerms, Tensor]:
-    """One step of Algorithm 1 on normalised crops, each [B, C, H, W], the two global ones first.
-
-    Returns the loss's terms and the gradient's norm before clipping, all scalars on the device.
-    """
-    set_rates(training.optimizer, lr=rates.lr, weight_decay=rates.weight_decay)
-    with autocast(crops[0].device, training.autocast):
-        with torch.no_grad():
-            teacher = training.teacher(crops[:2])
-        student = training.parallel(crops)
-    terms = training.loss(student, teacher, rates.teacher_temperature)
-
-    training.optimizer.zero_grad()
-    terms.loss.backward()
-    gradient_norm = clip_each_gradient(training.student.parameters(), training.clip_grad)
-    if rates.last_layer_frozen:
-        drop_last_layer_gradient(training.student)
-    training.optimizer.step()
-    update_teacher(training.teacher, training.student, rates.teacher_momentum)
-    return terms, gradient_norm
-
-
-def save(
-    run_dir: Path,
-    step: int,
-    recipe: Recipe,
-    scale: Mapping[str, int],
     training: Training,
-    here: World,
-) -> None:
-    """Writes the snapshot after `step` steps; every rank waits until it is on disk."""
-    if here.is_main:
-        state = {
-            "step": step,
-            "recipe": recipe_to_dict(recipe),
-            "scale": dict(scale),
-            "student": training.student.state_dict(),
-            "teacher": training.teacher.state_dict(),
-            "loss": training.loss.state_dict(),
-            "optimizer": training.optimizer.state_dict(),
-        }
-        snapshot.save(run_dir, step, state)
-    barrier()
-
-
-def resume(
-    run_dir: Path, recipe: Recipe, scale: Mapping[str, int], training: Training, here: World
-) -> int:
-    """Restores the newest snapshot into `training`; returns the steps done, 0 for a new run.
+    batches: Sequence[Sequence[Tensor]],
+    rates: Rates,
+    *,
+    ends_epoch: bool = False,
+) -> StepResult:
+    """One step of Algorithm 1.
 
     Args:
-        scale: the numbers of pictures and processes, on which order and schedules depend.
-
-    Raises:
-        SnapshotError: it was made by another recipe, or at another scale.
+        batches: one, or with gradient accumulation several, each a list of normalised crops
+            [B, C, H, W], the two global ones first.
+        ends_epoch: whether the step is its epoch's last.
     """
-    found = snapshot.latest(run_dir)
-    if found is None:
-        return 0
-    state = snapshot.load(found[1], here.device)
-    old = {**state["recipe"], **state.get("scale", scale)}
-    if changed := _changed(old, {**recipe_to_dict(recipe), **scale}):
-        raise snapshot.SnapshotError(
-            f"{run_dir} holds a run of another recipe: {'; '.join(changed)}; "
-            "take the old values, or another run_dir"
-        )
-    training.student.load_state_dict(state["student"])
-    training.teacher.load_state_dict(state["teacher"])
-    training.loss.load_state_dict(state["loss"])
-    training.optimizer.load_state_dict(state["optimizer"])
-    return found[0]
+    student, teacher, optimizer = training.student, training.teacher, training.optimizer
+    set_rates(optimizer, lr=rates.lr, weight_decay=rates.weight_decay)
+    optimizer.zero_grad()
+    terms: list[LossTerms] = []
+    for i, crops in enumerate(batches):
+        with training.without_sync(i + 1 < len(batches)):
+            with autocast(crops[0].device, training.autocast):
+                with torch.no_grad():
+                    g_t = teacher(crops[:TEACHER_CROPS])
+                g_s = training.parallel(crops)
+            found = training.loss(g_s, g_t, rates.teacher_temperature)
+            scale = training.loss_scale
+            loss = found.loss / len(batches)
+            (loss if scale is None else loss * scale.scale).backward()
+        terms.append(found)
 
-
-_MAY_CHANGE = frozenset({"device", "log_steps", "run_dir", "snapshot_steps", "data.workers"})
-
-
-def _changed(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key in sorted(old.keys() | new.keys()):
-        name = f"{prefix}{key}"
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += _changed(a, b, f"{name}.")
-        elif a != b and name not in _MAY_CHANGE:
-            found.append(f"{name} was {json.dumps(a)} and is {json.dumps(b)}")
-    return found
+    norm = clip_each_gradient(
+        student.parameters(), training.clip_grad, None if scale is None else scale.scale
+    )
+    skipped = (~norm.isfinite()).float()  # nothing below moves by such a step
+    if rates.last_layer_frozen:
+        drop_last_layer_gradient(student)
+    if training.teacher_kind == "previous_iteration":
+        update_teacher(teacher, student, 0.0)
+    skip_if(optimizer, skipped)
+    optimizer.step()
+    if scale is not None:
+        scale.update(skipped)
+    if training.teacher_kind == "ema":
+        update_teacher(teacher, student, rates.teacher_momentum)
+    copies = training.teacher_kind == "student_copy"
+    if copies or (training.teacher_kind == "previous_epoch" and ends_epoch):
+        update_teacher(teacher, student, 0.0)
+    training.loss.update_center(skipped)
+    means = LossTerms(*(torch.stack(values).mean() for values in zip(*terms, strict=True)))
+    return StepResult(means, norm, skipped)
 
 
 def announce(

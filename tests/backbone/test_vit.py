@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from backbone.architectures import VITS, Architecture
-from backbone.vit import VisionTransformer
+from backbone.vit import VisionTransformer, _choose
 
 
 def network(**changes: Any) -> VisionTransformer:
@@ -110,20 +110,78 @@ def test_drop_path_acts_in_training_alone() -> None:
 
 
 def test_drop_path_rises_linearly() -> None:
-    vit = network(drop_path_rate=0.4, depth=5)
-    rates = [block.drop_path.rate for block in vit.blocks]
-    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
-    assert [block.drop_path.rate for block in network(drop_path_rate=0.4, depth=1).blocks] == [0.0]
+    assert network(drop_path_rate=0.4, depth=5).drop_path_rates == pytest.approx(
+        [0.0, 0.1, 0.2, 0.3, 0.4]
+    )
+    assert network(drop_path_rate=0.4, depth=1).drop_path_rates == [0.0]
 
 
-def test_drop_path_drops_whole_samples_and_keeps_the_mean() -> None:
-    drop = network(drop_path_rate=0.25).blocks[-1].drop_path.train()
+def test_drop_path_is_the_textbooks() -> None:
+    """Each branch of each picture: x + mask / keep * branch, with the same masks."""
+    vit = network(drop_path_rate=0.5, depth=3).train()
+    pictures = torch.randn(6, 3, 16, 16)
+    torch.manual_seed(5)
+    ours = vit(pictures)
+    torch.manual_seed(5)
+    x, _ = vit.embed(pictures)
+    b, t, d = x.shape
+    for block, rate in zip(vit.blocks, vit.drop_path_rates, strict=True):
+        masks = (
+            [(torch.rand(b) >= rate).float()[:, None, None] for _ in range(2)]
+            if rate
+            else [1.0, 1.0]
+        )
+        attended = block.attn(block.norm1(x).flatten(0, 1), [(b, t)], "none")[0].reshape(b, t, d)
+        x = x + masks[0] / (1 - rate) * attended
+        x = x + masks[1] / (1 - rate) * block.mlp(block.norm2(x))
+    torch.testing.assert_close(ours.cls, vit.norm(x)[:, 0], rtol=1e-5, atol=1e-5)
+
+
+def test_drop_path_keeps_the_mean() -> None:
+    rate, count = 0.25, 4000
+    choice = _choose([(count, 2), (count, 1)], rate)
+    kept = [n for n, _ in choice.groups]
+    assert sum(kept) / (2 * count) == pytest.approx(1 - rate, abs=0.02)
+    assert len(choice.rows) == kept[0] * 2 + kept[1]
+    pairs = choice.rows[: 2 * kept[0]].reshape(-1, 2)
+    assert bool((pairs[:, 0] % 2 == 0).all())  # a picture's tokens go together
+    assert bool((pairs[:, 1] == pairs[:, 0] + 1).all())
+    assert int(choice.rows[2 * kept[0] :].min()) >= 2 * count
+
+
+def test_a_batch_of_which_everything_is_dropped() -> None:
+    vit = network(drop_path_rate=0.99, depth=2).train()
     torch.manual_seed(0)
-    out = drop(torch.ones(4000, 2, 3))
-    values = out.flatten(1)
-    assert bool((values == values[:, :1]).all())
-    assert values.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
-    assert out.mean().item() == pytest.approx(1.0, abs=0.04)
+    cls = vit.forward_cls([torch.randn(2, 3, 16, 16), torch.randn(1, 3, 8, 8)])
+    cls.sum().backward()
+    assert bool(cls.isfinite().all())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_several_sizes_in_one_forward_are_what_each_gives_alone(recompute: bool) -> None:
+    vit = network(depth=3)
+    vit.recompute_blocks = recompute
+    batches = [torch.randn(3, 3, 16, 16), torch.randn(5, 3, 8, 12), torch.randn(1, 3, 24, 8)]
+    together = vit.forward_cls(batches)
+    alone = torch.cat([vit(batch).cls for batch in batches])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+    weights = torch.randn_like(together)
+    gradients = [
+        torch.autograd.grad((cls * weights).sum(), list(vit.parameters()))
+        for cls in (together, alone)
+    ]
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_recomputing_draws_the_same_paths() -> None:
+    vit = network(drop_path_rate=0.5, depth=3).train()
+    pictures, gradients = torch.randn(4, 3, 16, 16), []
+    for vit.recompute_blocks in (False, True):
+        torch.manual_seed(1)
+        cls = vit.forward_cls([pictures])
+        gradients.append(torch.autograd.grad(cls.square().sum(), vit.patch_embed.proj.weight)[0])
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("name", VITS)

@@ -10,7 +10,8 @@ from training.config import recipe_from_dict
 from training.dino import clip_each_gradient, drop_last_layer_gradient, update_teacher
 from training.distributed import World
 from training.optimizers import make_optimizer, parameter_groups, set_rates
-from training.pretrain import Rates, Training, make_training, rates_at, train_step
+from training.pretrain import Rates, rates_at, train_step
+from training.state import Training, make_training
 
 CPU = World(0, 1, torch.device("cpu"))
 RATES = Rates(
@@ -52,7 +53,7 @@ def test_the_teacher_is_a_moving_average_of_the_student(
     training: Training, crops: list[Tensor]
 ) -> None:
     before = copy_of(training.teacher)
-    train_step(training, crops, RATES)
+    train_step(training, [crops], RATES)
     after, student = copy_of(training.teacher), copy_of(training.student)
     expected = {name: 0.9 * before[name] + 0.1 * student[name] for name in before}
     torch.testing.assert_close(after, expected, rtol=1e-6, atol=1e-8)
@@ -71,7 +72,7 @@ def test_the_ends_of_the_momentum(training: Training, momentum: float) -> None:
 
 
 def test_no_gradient_reaches_the_teacher(training: Training, crops: list[Tensor]) -> None:
-    train_step(training, crops, RATES)
+    train_step(training, [crops], RATES)
     assert all(p.grad is None and not p.requires_grad for p in training.teacher.parameters())
     assert all(p.grad is not None for p in training.student.parameters() if p.requires_grad)
     ids = {id(p) for group in training.optimizer.param_groups for p in group["params"]}
@@ -81,8 +82,8 @@ def test_no_gradient_reaches_the_teacher(training: Training, crops: list[Tensor]
 def test_drop_path_is_the_students_alone() -> None:
     model = {**TINY_RECIPE["model"], "drop_path_rate": 0.3}
     training = training_of(model=model)
-    assert training.student.backbone.blocks[-1].drop_path.rate == pytest.approx(0.3)
-    assert {block.drop_path.rate for block in training.teacher.backbone.blocks} == {0.0}
+    assert training.student.backbone.drop_path_rates[-1] == pytest.approx(0.3)
+    assert set(training.teacher.backbone.drop_path_rates) == {0.0}
 
 
 def test_each_gradient_is_clipped_on_its_own() -> None:
@@ -114,12 +115,12 @@ def test_the_last_layer_is_frozen_for_the_first_epoch(
     assert [r.last_layer_frozen for r in rates] == [True, True, True, False, False]
     before = copy_of(training.student)
     for rate in rates[1:3]:
-        train_step(training, crops, rate)
+        train_step(training, [crops], rate)
     frozen = copy_of(training.student)
     for name in ("head.last_layer.weight_v", "head.last_layer.weight_g"):
         assert torch.equal(frozen[name], before[name]), name
     assert not torch.equal(frozen["head.mlp.0.weight"], before["head.mlp.0.weight"])
-    train_step(training, crops, rates[3])
+    train_step(training, [crops], rates[3])
     name = "head.last_layer.weight_v"
     assert not torch.equal(copy_of(training.student)[name], before[name])
 
@@ -128,7 +129,7 @@ def test_the_last_layer_is_frozen_for_the_first_epoch(
 def test_the_last_layers_gain_is_free_only_where_asked(crops: list[Tensor], free: bool) -> None:
     training = training_of(head={**TINY_RECIPE["head"], "norm_last_layer": not free})
     for _ in range(2):
-        train_step(training, crops, RATES)
+        train_step(training, [crops], RATES)
     gain = training.student.head.last_layer.weight_g
     assert bool((gain == 1.0).all()) is not free
 
@@ -185,7 +186,7 @@ def test_bf16_is_near_fp32(crops: list[Tensor]) -> None:
     for precision in ("fp32", "bf16"):
         training = training_of(precision=precision)
         before = copy_of(training.student)
-        terms, norm = train_step(training, crops, RATES)
+        terms, norm, _ = train_step(training, [crops], RATES)
         assert terms.loss.dtype == torch.float32
         assert all(p.dtype == torch.float32 for p in training.student.parameters())
         assert norm.isfinite()
@@ -199,6 +200,6 @@ def test_bf16_is_near_fp32(crops: list[Tensor]) -> None:
 
 def test_a_head_with_batch_norm_takes_a_step(crops: list[Tensor]) -> None:
     training = training_of(head={**TINY_RECIPE["head"], "batch_norm": True})
-    terms, _ = train_step(training, crops, RATES)
+    terms, _, _ = train_step(training, [crops], RATES)
     assert terms.loss.isfinite()
     assert any(isinstance(m, nn.BatchNorm1d) for m in training.student.modules())

@@ -9,10 +9,11 @@ from PIL import Image
 
 from backbone.artifact import read_artifact
 from tests.training.conftest import TINY_RECIPE, command, finish, toml, write_pictures
-from training import export, pretrain, snapshot
+from training import export, snapshot
 from training.config import load_recipe
 from training.distributed import World
 from training.evaluation.__main__ import main as evaluate
+from training.state import Training, make_training, restore
 
 OVERRIDES = ["epochs=2", "optimizer.lr=0.5"]
 
@@ -36,16 +37,19 @@ def model(run_dir: Path) -> Path:
     return out
 
 
-def networks(run_dir: Path) -> pretrain.Training:
+def networks(run_dir: Path) -> Training:
     """The student and teacher that the run's last snapshot holds, as training restores them."""
     recipe_json = json.loads((run_dir / "recipe.json").read_text())
     folder = run_dir.parent
     train = f"data.train={recipe_json['data']['train'][0]}"
     recipe = load_recipe(folder / "recipe.toml", [train, f"run_dir={run_dir}", *OVERRIDES])
     world = World(0, 1, torch.device("cpu"))
-    training = pretrain.make_training(recipe, world)
+    training = make_training(recipe, world)
+    found = snapshot.latest(run_dir)
+    assert found is not None
+    assert found[0] == 4
     scale = {"pictures": 8, "processes": 1}
-    assert pretrain.resume(run_dir, recipe, scale, training, world) == 4
+    restore(training, snapshot.load(found[1]), recipe=recipe, scale=scale)
     return training
 
 

@@ -23,7 +23,8 @@ from training import snapshot
 from training.config import ConfigError, load_recipe
 from training.distributed import World
 from training.monitors import COLUMNS
-from training.pretrain import main, make_training, resume
+from training.pretrain import main
+from training.state import make_training, restore
 
 STEPS = 12  # 12 pictures in batches of 4, 4 epochs
 
@@ -153,7 +154,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_a_snapshot(
 
 def test_batch_norm_over_cpu_processes_is_refused(run: Run) -> None:
     recipe = load_recipe(run.recipe, [*run.arguments(run.run_dir)[1:], "head.batch_norm=true"])
-    with pytest.raises(ConfigError, match=r"head\.batch_norm"):
+    with pytest.raises(ConfigError, match=r"head\.batch_norm = True"):
         make_training(recipe, World(0, 2, torch.device("cpu")))
 
 
@@ -217,10 +218,13 @@ def test_another_number_of_pictures_is_refused(
 
 def test_another_number_of_processes_is_refused(run: Run) -> None:
     recipe = load_recipe(run.recipe, run.arguments(run.run_dir)[1:])
-    one, two = (World(0, size, torch.device("cpu")) for size in (1, 2))
+    one = World(0, 1, torch.device("cpu"))
     with pytest.raises(snapshot.SnapshotError, match="processes was 1 and is 2"):
-        resume(
-            run.run_dir, recipe, {"pictures": 12, "processes": 2}, make_training(recipe, one), two
+        restore(
+            make_training(recipe, one),
+            final_state(run.run_dir),
+            recipe=recipe,
+            scale={"pictures": 12, "processes": 2},
         )
 
 
