@@ -9,7 +9,7 @@ from PIL import Image
 
 from backbone.artifact import read_artifact
 from tests.training.conftest import TINY_RECIPE, command, finish, toml, write_pictures
-from training import export, snapshot
+from training import export, pretrain, snapshot
 from training.config import load_recipe
 from training.distributed import World
 from training.evaluation.__main__ import main as evaluate
