@@ -20,7 +20,8 @@ def shard(network: nn.Module, here: World) -> None:
     mesh = init_device_mesh(here.device.type, (here.size,))
     for block in network.get_submodule("backbone").get_submodule("blocks").children():
         fully_shard(block, mesh=mesh)
-    fully_shard(network, mesh=mesh)
+    # The rest too is given back after a forward: the EMA takes both networks' parts together.
+    fully_shard(network, mesh=mesh, reshard_after_forward=True)
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -124,10 +124,16 @@ def _sharded(recipe: Recipe) -> bool:
     wanted = recipe.strategy
     if wanted == "auto":
         wanted = "fsdp" if recipe.model.architecture == "vit_large" else "ddp"
-    if wanted == "fsdp" and recipe.optimizer.name == "lars":
-        raise ConfigError("optimizer.name = 'lars' needs whole layers: take strategy = 'ddp'")
+    if wanted == "fsdp" and recipe.optimizer.name != "adamw":
+        raise ConfigError(
+            f"optimizer.name = {recipe.optimizer.name!r}: only adamw works on shards; take "
+            "strategy = 'ddp'"
+        )
     if wanted == "fsdp" and not recipe.model.architecture.startswith("vit_"):
-        raise ConfigError("strategy = 'fsdp' is for ViTs; take 'ddp' for convolutional networks")
+        raise ConfigError(
+            f"model.architecture = {recipe.model.architecture!r}: only ViTs are sharded; take "
+            "strategy = 'ddp'"
+        )
     return wanted == "fsdp"
 
 

@@ -24,7 +24,10 @@ class Golden:
         return load_file(self.folder / f"{name}.safetensors")
 
 
+def golden_folder() -> Path:
+    return Path(os.environ.get("DINOSCOPE_GOLDEN", Path(__file__).parent / "data"))
+
+
 @pytest.fixture(scope="session")
 def golden() -> Golden:
-    default = Path(__file__).parent / "data"
-    return Golden(Path(os.environ.get("DINOSCOPE_GOLDEN", default)))
+    return Golden(golden_folder())

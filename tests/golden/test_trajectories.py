@@ -1,56 +1,23 @@
+"""Six whole training steps of the original, reproduced on every path that a recipe can take."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
-from backbone.vit import VisionTransformer
 from tests.golden.conftest import Golden
-from training.config import Data, Loss, Model, Optimizer, Recipe, Teacher
-from training.dino import Network, ProjectionHead, make_teacher
-from training.loss import DinoLoss
-from training.optimizers import make_optimizer
-from training.pretrain import rates_at, train_step
-from training.state import Training
+from tests.golden.trajectories import part, six_steps
+from tests.training.conftest import command, finish
+
+OPTIMIZERS = ["adamw", "sgd", "lars"]
+CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 
 
-def recipe_of(settings: dict) -> Recipe:
-    names = ("min_lr", "warmup_epochs", "weight_decay", "weight_decay_end")
-    names += ("clip_grad", "freeze_last_layer_epochs", "lr")
-    return Recipe(
-        data=Data(train=("unused",)),
-        epochs=settings["epochs"],
-        model=Model(),
-        loss=Loss(
-            teacher_temperature=settings["teacher_temp"],
-            warmup_teacher_temperature=settings["warmup_teacher_temp"],
-            warmup_teacher_epochs=settings["warmup_teacher_temp_epochs"],
-        ),
-        teacher=Teacher(momentum=settings["momentum_teacher"]),
-        optimizer=Optimizer(name=settings["optimizer"], **{n: settings[n] for n in names}),
-    )
-
-
-def network_of(settings: dict, state: dict[str, torch.Tensor]) -> Network:
-    backbone = VisionTransformer(
-        **{name: settings[name] for name in ("image_size", "patch_size", "embed_dim", "depth")},
-        num_heads=settings["num_heads"],
-        drop_path_rate=settings["drop_path_rate"],
-    )
-    head = ProjectionHead(
-        settings["embed_dim"],
-        settings["out_dim"],
-        hidden_dim=settings["hidden_dim"],
-        bottleneck_dim=settings["bottleneck_dim"],
-        norm_last_layer=settings["norm_last_layer"],
-    )
-    network = Network(backbone, head)
-    network.load_state_dict(state)
-    return network
-
-
-def part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def without_key_bias(name: str, tensor: torch.Tensor) -> torch.Tensor:
+def without_key_bias(name: str, tensor: Tensor) -> Tensor:
     """Leaves out the bias of the keys, which changes no output.
 
     Softmax is blind to what all keys share, so that the bias's true gradient is zero. What AdamW
@@ -62,33 +29,78 @@ def without_key_bias(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat((queries, values))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
-def test_six_steps(golden: Golden, optimizer: str) -> None:
+def compare(
+    golden: Golden,
+    optimizer: str,
+    losses: list[float],
+    networks: dict[str, dict[str, Tensor]],
+    center: Tensor,
+    **close: float,
+) -> None:
     settings, tensors = golden[f"train_{optimizer}"], golden.tensors(f"train_{optimizer}")
-    recipe = recipe_of(settings)
-    initial = part(tensors, "init.")
-    student = network_of(settings, initial)
-    training = Training(
-        student=student,
-        parallel=student,
-        teacher=make_teacher(student, network_of(settings, initial)),
-        loss=DinoLoss(settings["out_dim"]),
-        optimizer=make_optimizer(optimizer, student),
-        clip_grad=settings["clip_grad"],
-        autocast=None,
-    )
-    losses = []
-    for step in range(settings["steps"]):
-        crops = [*tensors[f"global_crops.{step}"], *tensors[f"local_crops.{step}"]]
-        rates = rates_at(step, settings["steps_per_epoch"], recipe, batch=256)
-        losses.append(train_step(training, [crops], rates).terms.loss.item())
-
     assert losses == pytest.approx(settings["losses"], rel=1e-5)
-    close = {"rtol": 1e-4, "atol": 1e-6}
-    for network, name in ((student, "student_final."), (training.teacher, "teacher_final.")):
-        expected = part(tensors, name)
-        assert expected.keys() == network.state_dict().keys()
-        for key, value in network.state_dict().items():
+    for name, state in networks.items():
+        expected = part(tensors, f"{name}_final.")
+        assert expected.keys() == state.keys()
+        for key, value in state.items():
             ours, theirs = (without_key_bias(key, tensor) for tensor in (value, expected[key]))
             torch.testing.assert_close(ours, theirs, **close, msg=lambda m, k=key: f"{k}: {m}")
-    torch.testing.assert_close(training.loss.center, tensors["center_final"], **close)
+    torch.testing.assert_close(center, tensors["center_final"], **close)
+
+
+def compare_run(golden: Golden, optimizer: str, **path: Any) -> None:
+    losses, training = six_steps(golden, optimizer, **path)
+    networks = {n: getattr(training, n).state_dict() for n in ("student", "teacher")}
+    compare(golden, optimizer, losses, networks, training.loss.center, **CLOSE)
+
+
+def batch_of(golden: Golden) -> int:
+    return golden.tensors("train_adamw")["global_crops.0"].shape[1]
+
+
+def shares(golden: Golden) -> int:
+    """The smallest number of equal parts, more than one, of a golden batch."""
+    batch = batch_of(golden)
+    return next(n for n in range(2, batch + 1) if batch % n == 0)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_six_steps(golden: Golden, optimizer: str) -> None:
+    compare_run(golden, optimizer)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_accumulated(golden: Golden, optimizer: str) -> None:
+    """EMA, centre and schedules move once a step, whatever the number of forwards in it."""
+    compare_run(golden, optimizer, accumulation=shares(golden))
+
+
+def test_recomputed(golden: Golden) -> None:
+    compare_run(golden, "adamw", recompute=True)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler's
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on the CPU")
+def test_compiled(golden: Golden) -> None:
+    compare_run(golden, "adamw", compiled=True)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "strategy"),
+    [("adamw", "ddp"), ("sgd", "ddp"), ("lars", "ddp"), ("adamw", "fsdp")],
+)
+def test_several_processes(golden: Golden, optimizer: str, strategy: str, tmp_path: Path) -> None:
+    out, processes = tmp_path / "out.safetensors", shares(golden)
+    launcher = command("torch.distributed.run", f"--nproc-per-node={processes}", "--standalone")
+    module = ["-m", "tests.golden.trajectories", optimizer, strategy, str(out)]
+    status, _, err = finish([*launcher, *module])
+    assert status == 0, err
+    state = load_file(out)
+    networks = {n: part(state, f"{n}.") for n in ("student", "teacher")}
+    compare(golden, optimizer, state["losses"].tolist(), networks, state["center"], **CLOSE)
+
+
+def test_bf16_stays_near(golden: Golden) -> None:
+    """bf16 keeps 8 bits of a number: losses within 3%, which a wrong term would not."""
+    losses, _ = six_steps(golden, "adamw", autocast=torch.bfloat16)
+    assert losses == pytest.approx(golden["train_adamw"]["losses"], rel=0.03)
