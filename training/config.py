@@ -101,6 +101,8 @@ class Head:
     def __post_init__(self) -> None:
         _at_least(1, "head.", self, "out_dim", "hidden_dim", "bottleneck_dim", "layers")
         _one_of("head.activation", self.activation, "gelu", "relu")
+        rule = "must be false with head.bottleneck = false: it stands behind the bottleneck"
+        require(self.bottleneck or not self.predictor, "head.predictor", self.predictor, rule)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,7 +75,7 @@ def six_steps(
     compiled: bool = False,
     autocast: torch.dtype | None = None,
 ) -> tuple[list[float], Training]:
-    """The losses of the golden steps and what they led to, on this process's share of each batch."""
+    """The golden steps' losses and what they led to, on this process's share of each batch."""
     here = here or World(0, 1, torch.device("cpu"))
     settings, tensors = golden[f"train_{optimizer}"], golden.tensors(f"train_{optimizer}")
     initial = part(tensors, "init.")
