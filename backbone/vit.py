@@ -44,9 +44,10 @@ class Features(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The pictures whose branch is not dropped: rows of their tokens, and their groups."""
+    """The pictures whose branch is not dropped: their tokens' rows, numbers and groups."""
 
     rows: Tensor
+    pictures: Tensor
     groups: list[Group]
 
 
@@ -147,18 +148,20 @@ class VisionTransformer(nn.Module):
     def forward_cls(self, batches: Sequence[Tensor]) -> Tensor:
         """The CLS [sum of B, D] of several batches, each [B, C, H, W] of a size of its own.
 
-        One pass through the blocks serves them all. `recompute_blocks` trades time for memory.
+        One pass through the blocks serves them all; in the last one only the CLS tokens go on, so
+        that nothing is computed which nobody reads. `recompute_blocks` trades time for memory.
         """
         parts = [self.embed(pictures)[0] for pictures in batches]
         groups = [(x.shape[0], x.shape[1]) for x in parts]
         x = torch.cat([part.flatten(0, 1) for part in parts])
-        for block, drawn in zip(self.blocks, self._draw(groups), strict=True):
+        last = len(self.blocks) - 1
+        for i, (block, drawn) in enumerate(zip(self.blocks, self._draw(groups), strict=True)):
+            rest = (groups, drawn, "none", i == last)
             if self.recompute_blocks and torch.is_grad_enabled():
-                x, _ = checkpoint(block, x, groups, drawn, "none", use_reentrant=False)
+                x, _ = checkpoint(block, x, *rest, use_reentrant=False)
             else:
-                x, _ = block(x, groups, drawn, "none")
-        parts = _split(x, groups)
-        cls: Tensor = self.norm(torch.cat([part[:, 0] for part in parts]))
+                x, _ = block(x, *rest)
+        cls: Tensor = self.norm(x)
         return cls
 
     def embed(self, pictures: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -200,12 +203,16 @@ class VisionTransformer(nn.Module):
             for rate in self.drop_path_rates
             for _ in range(2)
         ]
-        rows = torch.cat([choice.rows for choice in choices if choice])
+        indices = [part for choice in choices if choice for part in (choice.rows, choice.pictures)]
+        together = torch.cat(indices)
         if self.cls_token.device.type == "cuda":
-            rows = rows.pin_memory()
-        rows = rows.to(self.cls_token.device, non_blocking=True)
-        parts = iter(torch.split(rows, [len(choice.rows) for choice in choices if choice]))
-        placed = [choice and choice._replace(rows=next(parts)) for choice in choices]
+            together = together.pin_memory()
+        together = together.to(self.cls_token.device, non_blocking=True)
+        parts = iter(torch.split(together, [len(part) for part in indices]))
+        placed = [
+            choice and Choice(rows=next(parts), pictures=next(parts), groups=choice.groups)
+            for choice in choices
+        ]
         return list(zip(placed[::2], placed[1::2], strict=True))
 
     def _check(self, pictures: Tensor) -> None:
@@ -253,23 +260,35 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(
-        self, x: Tensor, groups: Sequence[Group], kept: Kept, attention: AttentionRows
+        self,
+        x: Tensor,
+        groups: Sequence[Group],
+        kept: Kept,
+        attention: AttentionRows,
+        cls_only: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Tokens [sum of B * T, D] -> the same, and the attention that was asked for."""
+        """Tokens [sum of B * T, D] -> the same, and the attention that was asked for.
+
+        With `cls_only` the CLS tokens alone come out, [sum of B, D], for the price of theirs.
+        """
         first, second = kept
         some = x if first is None else x[first.rows]
-        y, weights = self.attn(
-            self.norm1(some), groups if first is None else first.groups, attention
-        )
-        x = self._add(x, y, first)
-        some = x if second is None else x[second.rows]
-        return self._add(x, self.mlp(self.norm2(some)), second), weights
+        groups_kept = groups if first is None else first.groups
+        if cls_only:
+            y, weights = self.attn.forward_cls(self.norm1(some), groups_kept), None
+            x = torch.cat([part[:, 0] for part in _split(x, groups)])
+        else:
+            y, weights = self.attn(self.norm1(some), groups_kept, attention)
+        x = self._add(x, y, first and (first.pictures if cls_only else first.rows))
+        rows = second and (second.pictures if cls_only else second.rows)
+        some = x if rows is None else x[rows]
+        return self._add(x, self.mlp(self.norm2(some)), rows), weights
 
-    def _add(self, x: Tensor, branch: Tensor, kept: Choice | None) -> Tensor:
-        if kept is None:
+    def _add(self, x: Tensor, branch: Tensor, rows: Tensor | None) -> Tensor:
+        if rows is None:
             return x + branch
         scale = 1.0 / (1.0 - self.drop_path_rate)
-        return x.index_add(0, kept.rows, branch.to(x.dtype), alpha=scale)
+        return x.index_add(0, rows, branch.to(x.dtype), alpha=scale)
 
 
 class Attention(nn.Module):
@@ -293,8 +312,7 @@ class Attention(nn.Module):
         q = k = x
         for part in _split(self.qkv(x), groups):
             b, t, d = part.shape
-            heads = part.reshape(b, t, 3, self.num_heads, d // 3 // self.num_heads)
-            q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
+            q, k, v = self._heads(part, 3)
             y = F.scaled_dot_product_attention(q, k, v)
             mixed.append(y.transpose(1, 2).reshape(b * t, d // 3))
         y = self.proj(mixed[0] if len(mixed) == 1 else torch.cat(mixed))
@@ -303,6 +321,28 @@ class Attention(nn.Module):
         rows = q[:, :, :1] if attention == "cls" else q
         weights = (rows * self.scale @ k.transpose(-2, -1)).softmax(dim=-1)
         return y, weights[:, :, 0] if attention == "cls" else weights
+
+    def forward_cls(self, x: Tensor, groups: Sequence[Group]) -> Tensor:
+        """Tokens [sum of B * T, D] -> what attention gives the CLS tokens, [sum of B, D]."""
+        d = x.shape[1]
+        of_q, of_kv = torch.split(self.qkv.weight, [d, 2 * d])
+        bias_q = bias_kv = None
+        if self.qkv.bias is not None:
+            bias_q, bias_kv = torch.split(self.qkv.bias, [d, 2 * d])
+        mixed: list[Tensor] = []
+        kv = F.linear(x, of_kv, bias_kv)
+        for tokens, both in zip(_split(x, groups), _split(kv, groups), strict=True):
+            (q,) = self._heads(F.linear(tokens[:, :1], of_q, bias_q), 1)
+            k, v = self._heads(both, 2)
+            mixed.append(F.scaled_dot_product_attention(q, k, v).reshape(len(q), d))
+        y: Tensor = self.proj(torch.cat(mixed))
+        return y
+
+    def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """[B, T, parts * D] -> `parts` tensors [B, A, T, D / A]."""
+        b, t, width = x.shape
+        heads = x.reshape(b, t, parts, self.num_heads, width // parts // self.num_heads)
+        return heads.permute(2, 0, 3, 1, 4).unbind(0)
 
 
 class Mlp(nn.Module):
@@ -327,13 +367,15 @@ def _split(x: Tensor, groups: Sequence[Group]) -> list[Tensor]:
 
 
 def _choose(groups: Sequence[Group], rate: float) -> Choice:
-    rows, kept, start = [], [], 0
+    rows, pictures, kept, start, first = [], [], [], 0, 0
     for b, t in groups:
         chosen = (torch.rand(b) >= rate).nonzero()
         rows.append((start + chosen * t + torch.arange(t)).flatten())
+        pictures.append(first + chosen.flatten())
         kept.append((len(chosen), t))
         start += b * t
-    return Choice(torch.cat(rows), kept)
+        first += b
+    return Choice(torch.cat(rows), torch.cat(pictures), kept)
 
 
 def _init_linear(module: nn.Module) -> None:

@@ -84,8 +84,8 @@ class ProjectionHead(nn.Module):
 class WeightNormLinear(nn.Module):
     """A linear layer without bias whose rows are g * v / |v| (arXiv 1602.07868).
 
-    Written out, under the original's names `weight_g` and `weight_v`, because the framework's
-    function of that name is deprecated and its successor stores other names.
+    Under the original's names `weight_g` and `weight_v`: the framework's function that used them
+    is deprecated, and its successor stores other names. The arithmetic is the framework's own.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -97,8 +97,7 @@ class WeightNormLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in] -> [B, out]."""
-        weight = self.weight_g * F.normalize(self.weight_v, dim=1, eps=0.0)
-        return F.linear(x, weight)
+        return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
 
 
 class Network(nn.Module):

@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from training.distributed import Reduction, all_reduce_max, all_reduce_sum, reduce_mean
 
 TEACHER_CROPS = 2
 _AGREEMENT_PICTURES = 16
+_CACHED = 2**19  # numbers; 2 MiB of float32
 
 
 class LossTerms(NamedTuple):
@@ -89,23 +91,30 @@ class DinoLoss(nn.Module):
         if self.kind == "mse":
             loss, entropy = self._squared_distance(g_s, g_t), g_t.new_zeros(())
         else:
-            log_p_t = self.targets(g_t, teacher_temperature)
-            p_t = log_p_t.exp()
-            entropy = -(p_t * log_p_t).sum(-1).mean()
+            p_t, entropy = self.targets(g_t, teacher_temperature)
             loss = cross_entropy(g_s, p_t, self.student_temperature)
         first = slice(_AGREEMENT_PICTURES)
         same = g_t[0, first].argmax(-1) == g_s[1, first].detach().argmax(-1)
         return LossTerms(loss, entropy, loss.detach() - entropy, same.float().mean())
 
     @torch.no_grad()
-    def targets(self, g_t: Tensor, teacher_temperature: float) -> Tensor:
-        """log P_t of the teacher's outputs [2, B, K]."""
-        if self.centering:
-            g_t = g_t - self.center
+    def targets(self, g_t: Tensor, teacher_temperature: float) -> tuple[Tensor, Tensor]:
+        """P_t of the teacher's outputs [2, B, K], float32, and its mean entropy."""
+        center = self.center if self.centering else torch.zeros_like(self.center)
+        flat = g_t.flatten(0, 1)
         if self.iterations:
-            flat = (g_t / teacher_temperature).flatten(0, 1)
-            return sinkhorn_knopp(flat, iterations=self.iterations).reshape(g_t.shape)
-        return F.log_softmax(g_t / teacher_temperature, dim=-1)
+            scores = (flat - center) / teacher_temperature
+            log_p = sinkhorn_knopp(scores, iterations=self.iterations)
+            p = log_p.exp()
+            entropy = -(p * log_p).sum()
+        else:
+            p, parts = torch.empty_like(flat), []
+            for rows in _chunks(flat):
+                log_p = F.log_softmax((flat[rows] - center).div_(teacher_temperature), dim=-1)
+                torch.exp(log_p, out=p[rows])
+                parts.append(torch.dot(p[rows].flatten(), log_p.flatten()))
+            entropy = -torch.stack(parts).sum()
+        return p.reshape(g_t.shape), entropy / len(flat)
 
     def _squared_distance(self, g_s: Tensor, g_t: Tensor) -> Tensor:
         unit_s, unit_t = F.normalize(g_s.float(), dim=-1), F.normalize(g_t, dim=-1)
@@ -142,33 +151,45 @@ def cross_entropy(g_s: Tensor, p_t: Tensor, student_temperature: float) -> Tenso
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """`cross_entropy` with the gradient written out, crop by crop, made in the forward pass.
+    """`cross_entropy` with the gradient written out, made in the forward pass.
 
     d/dg_s = (n softmax(g_s / tau_s) - sum of P_t) / tau_s, for n the number of P_t. A general
-    backward would keep and pass over [2 + N, B, K] many times; this one holds it once.
+    backward would keep and pass over [2 + N, B, K] many times; this one holds it once, and works
+    on pieces that stay in the processor's cache.
     """
 
     @staticmethod
     def forward(ctx: Any, g_s: Tensor, p_t: Tensor, temperature: float) -> Tensor:
         pairs = TEACHER_CROPS * len(g_s) - TEACHER_CROPS
         scale = 1.0 / (pairs * g_s.shape[1])
-        gradient = torch.empty_like(g_s) if ctx.needs_input_grad[0] else None
+        # fp16 cannot hold such small numbers before the loss's scale has multiplied them.
+        wide = torch.float32 if g_s.dtype == torch.float16 else g_s.dtype
+        gradient = torch.empty_like(g_s, dtype=wide)
         both = p_t.sum(0) if len(g_s) > TEACHER_CROPS else None
         losses = []
         for crop, g in enumerate(g_s):
             p, n = (p_t[1 - crop], 1) if both is None or crop < TEACHER_CROPS else (both, 2)
-            log_p_s = F.log_softmax(g.float() / temperature, dim=-1)
-            losses.append(torch.dot(p.flatten(), log_p_s.flatten()))
-            if gradient is not None:
-                part = log_p_s.exp_().mul_(n).sub_(p).mul_(scale / temperature)
-                gradient[crop].copy_(part)
+            for rows in _chunks(g):
+                log_p_s = F.log_softmax(g[rows].float() / temperature, dim=-1)
+                losses.append(torch.dot(p[rows].flatten(), log_p_s.flatten()))
+                part = log_p_s.exp_().mul_(n * scale / temperature)
+                gradient[crop, rows] = part.sub_(p[rows], alpha=scale / temperature)
         ctx.save_for_backward(gradient)
+        ctx.dtype = g_s.dtype
         return -torch.stack(losses).sum() * scale
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad.to(gradient.dtype), None, None
+        return gradient.mul_(grad).to(ctx.dtype), None, None
+
+
+def _chunks(rows: Tensor) -> list[slice]:
+    """Slices over the rows of [B, K]: of a size for the cache on the CPU, else one for all."""
+    count, k = rows.shape
+    size = max(1, _CACHED // k) if rows.device.type == "cpu" else count
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 @torch.no_grad()

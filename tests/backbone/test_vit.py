@@ -123,6 +123,8 @@ def test_drop_path_is_the_textbooks() -> None:
     torch.manual_seed(5)
     ours = vit(pictures)
     torch.manual_seed(5)
+    only_cls = vit.forward_cls([pictures])
+    torch.manual_seed(5)
     x, _ = vit.embed(pictures)
     b, t, d = x.shape
     for block, rate in zip(vit.blocks, vit.drop_path_rates, strict=True):
@@ -135,6 +137,7 @@ def test_drop_path_is_the_textbooks() -> None:
         x = x + masks[0] / (1 - rate) * attended
         x = x + masks[1] / (1 - rate) * block.mlp(block.norm2(x))
     torch.testing.assert_close(ours.cls, vit.norm(x)[:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(only_cls, vit.norm(x)[:, 0], rtol=1e-5, atol=1e-5)
 
 
 def test_drop_path_keeps_the_mean() -> None:

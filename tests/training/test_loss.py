@@ -37,6 +37,31 @@ def test_one_softmax_a_crop_is_the_double_loop(crops: int) -> None:
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
 
 
+def test_pieces_for_the_cache_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    p_t, results = F.softmax(outputs(2, 1) / 0.04, dim=-1), []
+    for cached in (1, 2 * K, 2**19):
+        monkeypatch.setattr("training.loss._CACHED", cached)
+        g_s = outputs(4).requires_grad_()
+        loss = cross_entropy(g_s, p_t, 0.1)
+        loss.backward()
+        targets = DinoLoss(K).targets(outputs(2), 0.04)
+        results.append((loss.detach(), g_s.grad, *targets))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0])
+
+
+def test_fp16_keeps_gradients_that_it_could_not_hold() -> None:
+    """The loss's scale reaches them before they are rounded to fp16."""
+    k, scale = 4096, 2.0**16
+    p_t = F.softmax(torch.randn(2, B, k, generator=torch.Generator().manual_seed(1)), dim=-1)
+    g_s = torch.zeros(8, B, k, dtype=torch.float16, requires_grad=True)
+    (cross_entropy(g_s, p_t, 0.1) * scale).backward()
+    wide = torch.zeros(8, B, k, requires_grad=True)
+    pair_by_pair(wide, p_t, 0.1).backward()
+    assert g_s.grad is not None
+    torch.testing.assert_close(g_s.grad.float() / scale, wide.grad, rtol=1e-3, atol=1e-10)
+
+
 def test_in_bf16_the_loss_is_float32() -> None:
     p_t = F.softmax(outputs(2, 1) / 0.04, dim=-1)
     g_s = outputs(4).bfloat16().requires_grad_()
@@ -94,9 +119,7 @@ def test_batch_softmax_is_the_papers() -> None:
     loss = DinoLoss(K, assignment="batch_softmax", centering=False)
     g_t = outputs(2)
     x = F.softmax(g_t.flatten(0, 1) / 0.5, dim=0)
-    torch.testing.assert_close(
-        loss.targets(g_t, 0.5).exp().flatten(0, 1), x / x.sum(1, keepdim=True)
-    )
+    torch.testing.assert_close(loss.targets(g_t, 0.5)[0].flatten(0, 1), x / x.sum(1, keepdim=True))
 
 
 def test_the_centre_is_used_where_asked() -> None:
@@ -104,8 +127,10 @@ def test_the_centre_is_used_where_asked() -> None:
     for centering in (True, False):
         loss = DinoLoss(K, centering=centering)
         loss.center.copy_(torch.linspace(-1, 1, K))
-        expected = F.log_softmax((g_t - loss.center * centering) / 0.04, dim=-1)
-        torch.testing.assert_close(loss.targets(g_t, 0.04), expected)
+        expected = F.softmax((g_t - loss.center * centering) / 0.04, dim=-1)
+        p_t, entropy = loss.targets(g_t, 0.04)
+        torch.testing.assert_close(p_t, expected)
+        torch.testing.assert_close(entropy, torch.special.entr(p_t).sum(-1).mean())
 
 
 def test_sinkhorn_beside_the_centre() -> None:
@@ -113,7 +138,9 @@ def test_sinkhorn_beside_the_centre() -> None:
     loss = DinoLoss(K, assignment="sinkhorn_knopp")
     loss.center.copy_(torch.linspace(-1, 1, K))
     expected = sinkhorn_knopp(((g_t - loss.center) / 0.1).flatten(0, 1), iterations=3)
-    torch.testing.assert_close(loss.targets(g_t, 0.1).flatten(0, 1), expected)
+    p_t, entropy = loss.targets(g_t, 0.1)
+    torch.testing.assert_close(p_t.flatten(0, 1), expected.exp())
+    torch.testing.assert_close(entropy, torch.special.entr(p_t).sum(-1).mean())
 
 
 def test_squared_distance_is_the_double_loop() -> None:
