@@ -1,6 +1,7 @@
 """Tar and Parquet files, counted once and then read from front to back."""
 
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -39,8 +40,8 @@ def count_shards(paths: Sequence[Path], known: Path, world: World) -> Shards:
     Raises:
         DataError: a shard that cannot be read, or processes that see different shards.
     """
-    seen = zlib.crc32("\n".join(f"{path.name} {path.stat().st_size}" for path in paths).encode())
-    if len(set(all_gather_int(seen, world.device))) > 1:
+    seen = "\n".join(f"{path.name} {path.stat().st_size}" for path in paths)
+    if len(set(all_gather_int(zlib.crc32(os.fsencode(seen)), world.device))) > 1:
         raise DataError(
             "the processes do not see the same shards: "
             "the files of data.train must be the same on every node"
