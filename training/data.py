@@ -1,130 +1,154 @@
-"""From encoded pictures to batches of crops, and the order in which a run sees them."""
+"""From sources of pictures to the batches of a run, in the order in which it sees them."""
 
-import io
 import random
-import warnings
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from backbone.pictures import FORMATS, to_rgb
-from training.augmentations import multi_crop
-from training.config import Crops
+from training.config import Data
 from training.distributed import World
-from training.sources import DataError, Pictures
+from training.plan import Plan
+from training.samples import Maker, Sample, batch_of, first_good
+from training.shards import Shards, count_shards
+from training.sources import DataError, Pictures, find_shards, open_pictures
+from training.streaming import StreamedBatches
+
+T = TypeVar("T")
 
 
-def decode(content: bytes, name: str) -> Image.Image:
-    """Encoded picture -> RGB, as `backbone.pictures.to_rgb` tells it.
+def open_source(data: Data, run_dir: Path, world: World) -> Pictures | Shards:
+    """What `data.train` names, to be read at random or, with `data.stream`, from front to back.
 
-    Raises:
-        DataError: content that is no picture, or a broken one; names the picture.
-    """
-    try:
-        with warnings.catch_warnings():
-            # Odd metadata and palettes: a line for each picture and epoch would bury the log.
-            warnings.filterwarnings("ignore", module="PIL")
-            with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
-                return to_rgb(picture)
-    except Exception as error:
-        # A decoder may raise anything on bytes that are wrong: Pillow promises no kinds of errors.
-        raise DataError(f"picture {name!r} cannot be read: {error}") from error
-
-
-class CropBatch(NamedTuple):
-    """The crops of a batch: 8-bit, global [2, B, 3, G, G] and local [N, B, 3, L, L]."""
-
-    global_crops: Tensor
-    local_crops: Tensor
-
-
-class MultiCropDataset(Dataset[tuple[Tensor, Tensor]]):
-    """(epoch, index) -> the multi-crop of that picture in that epoch."""
-
-    def __init__(self, pictures: Pictures, crops: Crops, *, seed: int) -> None:
-        self._pictures = pictures
-        self._crops = crops
-        self._seed = seed
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """8-bit tensors [2, 3, G, G] and [N, 3, L, L]."""
-        epoch, i = key
-        picture = decode(self._pictures.read(i), self._pictures.names[i])
-        rng = random.Random(f"{self._seed}/{epoch}/{i}")
-        global_crops, local_crops = multi_crop(picture, self._crops, rng)
-        return torch.from_numpy(global_crops), torch.from_numpy(local_crops)
-
-
-class RunSampler(Sampler[list[tuple[int, int]]]):
-    """The batches of one rank from one step of a run to its end, as lists of (epoch, index).
-
-    An epoch is a permutation that depends on the seed and the epoch alone. The step's batch is a
-    slice of it over all ranks, of which each takes its own part: two ranks with half the batch see
-    what one sees with the whole. What is left over at an epoch's end is dropped.
-    """
-
-    def __init__(
-        self, count: int, *, batch_size: int, world: World, seed: int, start: int, stop: int
-    ) -> None:
-        self._count = count
-        self._batch_size = batch_size
-        self._world = world
-        self._seed = seed
-        self._start, self._stop = start, stop
-        self.steps_per_epoch = steps_per_epoch(count, batch_size, world)
-
-    def __len__(self) -> int:
-        return self._stop - self._start
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.empty(0, dtype=np.int64)
-        drawn = -1
-        for step in range(self._start, self._stop):
-            epoch, place = divmod(step, self.steps_per_epoch)
-            if epoch != drawn:
-                order = np.random.default_rng((self._seed, epoch)).permutation(self._count)
-                drawn = epoch
-            first = (place * self._world.size + self._world.rank) * self._batch_size
-            batch = order[first : first + self._batch_size]
-            yield [(epoch, i) for i in batch.tolist()]
-
-
-def steps_per_epoch(count: int, batch_size: int, world: World) -> int:
-    """Whole batches over all ranks in `count` pictures.
+    All processes must call this: they share the counting of shards, which `run_dir/shards.json`
+    remembers.
 
     Raises:
-        DataError: not even one.
+        DataError: a path that cannot be used.
     """
-    whole = batch_size * world.size
-    if count < whole:
-        raise DataError(
-            f"{count} pictures do not fill one batch of {whole} "
-            f"(batch_size {batch_size} x {world.size} processes); lower batch_size"
-        )
-    return count // whole
+    if data.stream:
+        return count_shards(find_shards(data.train), run_dir / "shards.json", world)
+    return open_pictures(data.train)
+
+
+def picture_count(source: Pictures | Shards) -> int:
+    """How many pictures it holds."""
+    return source.count if isinstance(source, Shards) else len(source.names)
 
 
 def crop_loader(
-    dataset: MultiCropDataset, sampler: RunSampler, *, workers: int, pin_memory: bool
+    source: Pictures | Shards,
+    maker: Maker[Any],
+    plan: Plan,
+    data: Data,
+    *,
+    start: int,
+    stop: int,
+    pin_memory: bool,
 ) -> DataLoader[Any]:
-    """Gives a `CropBatch` a step, in the sampler's order whatever the number of workers."""
+    """Gives the batches that `maker` makes, `plan.accumulation` a step, from `start` to `stop`.
+
+    Read at random, they do not depend on the number of workers; streamed, they do.
+    """
+    workers = data.workers
+    if isinstance(source, Shards):
+        stream = StreamedBatches(
+            source,
+            maker,
+            plan,
+            start=start,
+            stop=stop,
+            buffer=data.shuffle_buffer,
+            workers=workers,
+        )
+        return DataLoader(
+            stream,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            pin_memory=pin_memory,
+            **worker_settings(workers),
+        )
     return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=_collate,
+        PictureDataset(source, maker, seed=plan.seed),
+        batch_sampler=RunSampler(plan, start=start, stop=stop),
+        collate_fn=partial(batch_of, maker=maker),
         pin_memory=pin_memory,
-        worker_init_fn=one_thread,
+        **worker_settings(workers),
     )
 
 
-def _collate(samples: list[tuple[Tensor, Tensor]]) -> CropBatch:
-    return CropBatch(*(torch.stack(part, dim=1) for part in zip(*samples, strict=True)))
+class PictureDataset(Dataset[Sample[T]], Generic[T]):
+    """(epoch, index) -> what `maker` makes of that picture in that epoch.
+
+    Others, drawn from (seed, epoch, index), take the place of one that cannot be read.
+    """
+
+    def __init__(self, pictures: Pictures, maker: Maker[T], *, seed: int) -> None:
+        self._pictures = pictures
+        self._maker = maker
+        self._seed = seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample[T]:
+        """Raises `DataError` as `first_good`."""
+        epoch, i = key
+        place = f"{self._seed}/{epoch}/{i}"
+        candidates = (
+            (self._pictures.names[each], partial(self._pictures.read, each))
+            for each in self._candidates(i, place)
+        )
+        return first_good(candidates, self._maker, place)
+
+    def _candidates(self, i: int, place: str) -> Iterator[int]:
+        yield i
+        others = random.Random(f"{place}/instead")
+        while True:
+            yield others.randrange(len(self._pictures.names))
+
+
+class RunSampler(Sampler[list[tuple[int, int]]]):
+    """The batches of one process from one step of a run to its end, as lists of (epoch, index).
+
+    An epoch is a permutation that depends on the seed and the epoch alone. A step takes a slice of
+    it over all processes and forwards, of which each takes its own part: two processes with half
+    the batch, or one that accumulates two halves, see what one sees with the whole.
+    """
+
+    def __init__(self, plan: Plan, *, start: int, stop: int) -> None:
+        self._plan = plan
+        self._start, self._stop = start, stop
+
+    def __len__(self) -> int:
+        return (self._stop - self._start) * self._plan.accumulation
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        plan = self._plan
+        order = np.empty(0, dtype=np.int64)
+        drawn = -1
+        for epoch, batch in plan.batches(self._start, self._stop):
+            if epoch != drawn:
+                order = np.random.default_rng((plan.seed, epoch)).permutation(plan.count)
+                drawn = epoch
+            step, forward = divmod(batch, plan.accumulation)
+            before = (step * plan.world.size + plan.world.rank) * plan.accumulation + forward
+            first = before * plan.batch_size
+            yield [(epoch, i) for i in order[first : first + plan.batch_size].tolist()]
+
+
+def worker_settings(workers: int) -> dict[str, Any]:
+    """A `DataLoader`'s arguments for `workers` processes.
+
+    They are forked, whatever Python's default is: they read unpacked tar files, which have no name
+    in the file system, through inherited descriptors, and share the list of pictures in memory.
+    """
+    return {
+        "num_workers": workers,
+        "multiprocessing_context": "fork" if workers else None,
+        "worker_init_fn": one_thread,
+    }
 
 
 def one_thread(_: int) -> None:
@@ -135,3 +159,7 @@ def one_thread(_: int) -> None:
 def one_line(error: Exception) -> str:
     """What `error` says, without the traceback that a loader wraps a worker's `DataError` in."""
     return str(error).strip().rpartition(f"{DataError.__name__}: ")[2]
+
+
+def _as_it_is(batch: T) -> T:
+    return batch

@@ -1,25 +1,30 @@
-"""Pictures in folders and tar files, as sequences of encoded bytes."""
+"""Pictures in folders, lists, tar and Parquet files, as sequences of encoded bytes."""
 
-import bz2
-import gzip
-import lzma
-import os
-import shutil
-import tarfile
-import tempfile
-import weakref
-import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Protocol
+from typing import Protocol
 
 from backbone.pictures import SUFFIXES
+from training import parquet, tars
+from training.picture_files import DataError, is_hidden, is_picture
 
+__all__ = [
+    "DataError",
+    "FolderPictures",
+    "JoinedPictures",
+    "ListedPictures",
+    "Pictures",
+    "SomePictures",
+    "class_labels",
+    "every",
+    "find_shards",
+    "open_pictures",
+]
 
-class DataError(ValueError):
-    """A source of pictures that cannot be used; the message names it and says what was expected."""
+LIST_SUFFIX = ".txt"
+SHARD_SUFFIXES = (*tars.SUFFIXES, parquet.SUFFIX)
 
 
 class Pictures(Protocol):
@@ -43,7 +48,7 @@ class FolderPictures:
         self.names: Sequence[str] = sorted(
             path.relative_to(folder).as_posix()
             for path in folder.rglob("*")
-            if _is_picture(path.relative_to(folder).as_posix()) and path.is_file()
+            if is_picture(path.relative_to(folder).as_posix()) and path.is_file()
         )
 
     def read(self, i: int) -> bytes:
@@ -51,51 +56,39 @@ class FolderPictures:
         return (self._folder / self.names[i]).read_bytes()
 
 
-class TarPictures:
-    """Every picture in a tar file, read in place by offset.
+class ListedPictures:
+    """The files that a text file names, one a line, in its order.
 
-    A compressed tar has no offsets to read at: it is unpacked once, as a whole, into a temporary
-    file that is removed when this object or the process ends.
+    Paths are relative to the list's folder. Blank lines, and those that begin with `#`, are
+    skipped.
 
     Raises:
-        DataError: a file that is not a tar.
+        DataError: a line that names no file, or a list that is not text in UTF-8.
     """
 
     def __init__(self, path: Path) -> None:
-        decompress = _decompressor(path)
-        self._path = path if decompress is None else self._unpack(path, decompress)
-        try:
-            with tarfile.open(self._path, "r:") as tar:
-                members = _members(tar)
-        except tarfile.ReadError as error:
-            raise DataError(
-                f"{str(path)!r} is neither a folder nor a whole tar file "
-                f"(plain, gzip, bzip2 or xz): {error}"
-            ) from error
-        self.names: Sequence[str] = [name for name, _, _ in members]
-        self._places = [(offset, size) for _, offset, size in members]
-        self._file: tuple[int, int] | None = None
+        self._folder = path.parent
+        self.names: Sequence[str] = list(self._lines(path))
 
     def read(self, i: int) -> bytes:
-        """The bytes of member `i`."""
-        offset, size = self._places[i]
-        if self._file is None or self._file[0] != os.getpid():
-            # One file for each process: a descriptor that was inherited may have been closed.
-            self._file = (os.getpid(), os.open(self._path, os.O_RDONLY | os.O_CLOEXEC))
-            weakref.finalize(self, _close, *self._file)
-        return os.pread(self._file[1], size, offset)
+        """The bytes of the file on the i-th line that names one."""
+        return (self._folder / self.names[i]).read_bytes()
 
-    def _unpack(self, path: Path, decompress: Callable[[Path], BinaryIO]) -> Path:
-        folder = tempfile.mkdtemp(prefix="dinoscope-tar-")
-        weakref.finalize(self, _remove, os.getpid(), folder)
-        unpacked = Path(folder) / "pictures.tar"
+    def _lines(self, path: Path) -> Iterator[str]:
         try:
-            with decompress(path) as source, unpacked.open("wb") as target:
-                shutil.copyfileobj(source, target, 1 << 20)
-        except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-            # bz2 tells damage by a bare OSError, which is a full disk's too.
-            raise DataError(f"{str(path)!r} cannot be unpacked into {folder}: {error}") from error
-        return unpacked
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{str(path)!r} is not text in UTF-8: {error}") from error
+        for number, line in enumerate(text.split("\n"), 1):
+            name = line.strip()
+            if not name or name.startswith("#"):
+                continue
+            if not (self._folder / name).is_file():
+                raise DataError(
+                    f"line {number} of {str(path)!r} names {name!r}, which is no file; "
+                    f"paths are relative to {str(self._folder)!r}"
+                )
+            yield name
 
 
 class JoinedPictures:
@@ -134,21 +127,47 @@ def every(pictures: Pictures, count: int) -> Pictures:
 
 
 def open_pictures(paths: Sequence[str | Path]) -> Pictures:
-    """Opens folders and tar files (compressed or not) as one sequence.
+    """Opens folders, tar and Parquet files, and `.txt` lists of files as one sequence.
+
+    A folder that holds tar or Parquet files, and no pictures, stands for them in the order of
+    their paths.
 
     Raises:
-        DataError: a path that does not exist, is neither, or holds no picture.
+        DataError: a path that does not exist, is none of these, or holds no picture.
     """
-    parts: list[Pictures] = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise DataError(f"{str(path)!r} does not exist; expected a folder or a tar file")
-        part = FolderPictures(path) if path.is_dir() else TarPictures(path)
-        if not part.names:
-            kinds = ", ".join(sorted(SUFFIXES))
-            raise DataError(f"{str(path)!r} holds no picture ({kinds})")
-        parts.append(part)
+    row_groups = parquet.RowGroups()
+    parts = [part for path in paths for part in _open(Path(path), row_groups)]
     return parts[0] if len(parts) == 1 else JoinedPictures(parts)
+
+
+def find_shards(paths: Sequence[str | Path]) -> list[Path]:
+    """The tar and Parquet files that `paths` name, or that lie in folders that they name.
+
+    Raises:
+        DataError: a path that does not exist, or names none.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        _require(path)
+        shards = _shards_below(path) if path.is_dir() else [path]
+        if not shards or path.suffix.lower() == LIST_SUFFIX:
+            raise DataError(
+                f"{str(path)!r} is no shard and holds none ({', '.join(SHARD_SUFFIXES)}); "
+                "only shards are streamed: leave out data.stream"
+            )
+        found += shards
+    return found
+
+
+def _shards_below(folder: Path) -> list[Path]:
+    """The tar and Parquet files in a folder, nested or flat, in the order of their paths."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.name.lower().endswith(SHARD_SUFFIXES)
+        and not is_hidden(path.relative_to(folder).as_posix())
+        and path.is_file()
+    )
 
 
 def class_labels(pictures: Pictures, *, where: str) -> list[str]:
@@ -164,33 +183,29 @@ def class_labels(pictures: Pictures, *, where: str) -> list[str]:
     return labels
 
 
-def _is_picture(name: str) -> bool:
-    path = PurePosixPath(name)
-    return path.suffix.lower() in SUFFIXES and not any(
-        part.startswith(".") for part in path.parts if part not in (".", "..")
-    )
+def _open(path: Path, row_groups: parquet.RowGroups) -> list[Pictures]:
+    _require(path)
+    parts = [_open_one(path, row_groups)]
+    if path.is_dir() and not parts[0].names:
+        parts = [_open_one(shard, row_groups) for shard in _shards_below(path)]
+    parts = [part for part in parts if part.names]
+    if not parts:
+        raise DataError(f"{str(path)!r} holds no picture ({', '.join(sorted(SUFFIXES))})")
+    return parts
 
 
-def _members(tar: tarfile.TarFile) -> list[tuple[str, int, int]]:
-    return [
-        (member.name, member.offset_data, member.size)
-        for member in tar
-        if member.isfile() and _is_picture(member.name)
-    ]
+def _open_one(path: Path, row_groups: parquet.RowGroups) -> Pictures:
+    if path.is_dir():
+        return FolderPictures(path)
+    if path.suffix.lower() == LIST_SUFFIX:
+        return ListedPictures(path)
+    if path.suffix.lower() == parquet.SUFFIX:
+        return parquet.ParquetPictures(path, row_groups)
+    return tars.TarPictures(path)
 
 
-def _decompressor(path: Path) -> Callable[[Path], BinaryIO] | None:
-    with path.open("rb") as file:
-        magic = file.read(6)
-    openers: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
-    return next((opener for start, opener in openers.items() if magic.startswith(start)), None)
-
-
-def _close(pid: int, descriptor: int) -> None:
-    if pid == os.getpid():
-        os.close(descriptor)
-
-
-def _remove(pid: int, folder: str) -> None:
-    if pid == os.getpid():
-        shutil.rmtree(folder)
+def _require(path: Path) -> None:
+    if not path.exists():
+        raise DataError(
+            f"{str(path)!r} does not exist; expected a folder, a tar or Parquet file, or a list"
+        )

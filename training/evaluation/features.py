@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from backbone.artifact import Artifact
-from training.data import decode, one_thread
+from training.data import worker_settings
+from training.decoding import decode
 from training.precision import autocast, autocast_dtype
 from training.sources import Pictures
 
@@ -46,9 +47,8 @@ def extract(
     loader = DataLoader(
         _Views(pictures, view),
         batch_size=batch_size,
-        num_workers=workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=one_thread,
+        **worker_settings(workers),
     )
     parts: list[Tensor] = []
     with tqdm(total=len(pictures.names), unit="picture", desc=title, dynamic_ncols=True) as bar:
