@@ -1,39 +1,19 @@
 """From encoded pictures to batches of crops, and the order in which a run sees them."""
 
-import io
 import random
-import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from backbone.pictures import FORMATS, to_rgb
 from training.augmentations import multi_crop
 from training.config import Crops
+from training.decoding import decode
 from training.distributed import World
 from training.sources import DataError, Pictures
-
-
-def decode(content: bytes, name: str) -> Image.Image:
-    """Encoded picture -> RGB, as `backbone.pictures.to_rgb` tells it.
-
-    Raises:
-        DataError: content that is no picture, or a broken one; names the picture.
-    """
-    try:
-        with warnings.catch_warnings():
-            # Odd metadata and palettes: a line for each picture and epoch would bury the log.
-            warnings.filterwarnings("ignore", module="PIL")
-            with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
-                return to_rgb(picture)
-    except Exception as error:
-        # A decoder may raise anything on bytes that are wrong: Pillow promises no kinds of errors.
-        raise DataError(f"picture {name!r} cannot be read: {error}") from error
 
 
 class CropBatch(NamedTuple):

@@ -17,6 +17,8 @@ from typing import Any, BinaryIO, Protocol
 
 from backbone.pictures import SUFFIXES
 
+_SUFFIXES = SUFFIXES | {".npy"}  # uint8 [H, W, C], for channels that no picture format knows
+
 
 class DataError(ValueError):
     """A source of pictures that cannot be used; the message names it and says what was expected."""
@@ -145,7 +147,7 @@ def open_pictures(paths: Sequence[str | Path]) -> Pictures:
             raise DataError(f"{str(path)!r} does not exist; expected a folder or a tar file")
         part = FolderPictures(path) if path.is_dir() else TarPictures(path)
         if not part.names:
-            kinds = ", ".join(sorted(SUFFIXES))
+            kinds = ", ".join(sorted(_SUFFIXES))
             raise DataError(f"{str(path)!r} holds no picture ({kinds})")
         parts.append(part)
     return parts[0] if len(parts) == 1 else JoinedPictures(parts)
@@ -166,7 +168,7 @@ def class_labels(pictures: Pictures, *, where: str) -> list[str]:
 
 def _is_picture(name: str) -> bool:
     path = PurePosixPath(name)
-    return path.suffix.lower() in SUFFIXES and not any(
+    return path.suffix.lower() in _SUFFIXES and not any(
         part.startswith(".") for part in path.parts if part not in (".", "..")
     )
 

@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from backbone.artifact import Artifact
-from training.data import decode, one_thread
+from training.data import one_thread
+from training.decoding import decode
 from training.precision import autocast, autocast_dtype
 from training.sources import Pictures
 
