@@ -4,25 +4,43 @@ import random
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from training.config import Data
+from training.augmentations import draw_views, normalise
+from training.config import Crops, Data
+from training.device_augmentations import augment, view_table
 from training.distributed import World
+from training.pictures_on_device import PicturesOnDevice
 from training.plan import Plan
-from training.samples import Maker, Sample, batch_of, first_good
+from training.samples import (
+    Bad,
+    CropBatch,
+    CropMaker,
+    DrawnMaker,
+    Maker,
+    Sample,
+    batch_of,
+    first_good,
+)
 from training.shards import Shards, count_shards
 from training.sources import DataError, Pictures, find_shards, open_pictures
 from training.streaming import StreamedBatches
+from training.workers import worker_settings
 
 T = TypeVar("T")
 
 
-def open_source(data: Data, run_dir: Path, world: World) -> Pictures | Shards:
-    """What `data.train` names, to be read at random or, with `data.stream`, from front to back.
+Source = Pictures | Shards | PicturesOnDevice
+"""What a run's pictures are read from: at random, from front to back, or from the device."""
+
+
+def open_source(data: Data, run_dir: Path, world: World) -> Source:
+    """What `data.train` names.
 
     All processes must call this: they share the counting of shards, which `run_dir/shards.json`
     remembers.
@@ -32,29 +50,48 @@ def open_source(data: Data, run_dir: Path, world: World) -> Pictures | Shards:
     """
     if data.stream:
         return count_shards(find_shards(data.train), run_dir / "shards.json", world)
-    return open_pictures(data.train)
+    pictures = open_pictures(data.train)
+    if not data.on_device:
+        return pictures
+    return PicturesOnDevice(
+        pictures,
+        device=world.device,
+        channels=data.channels,
+        workers=data.workers,
+        progress=world.is_main,
+    )
 
 
-def picture_count(source: Pictures | Shards) -> int:
+def picture_count(source: Source) -> int:
     """How many pictures it holds."""
     return source.count if isinstance(source, Shards) else len(source.names)
 
 
 def crop_loader(
-    source: Pictures | Shards,
-    maker: Maker[Any],
+    source: Source,
     plan: Plan,
     data: Data,
+    crops: Crops,
     *,
     start: int,
     stop: int,
-    pin_memory: bool,
+    device: torch.device,
 ) -> DataLoader[Any]:
-    """Gives the batches that `maker` makes, `plan.accumulation` a step, from `start` to `stop`.
+    """Gives `plan.accumulation` batches a step, from `start` to `stop`; see `to_crops`.
 
     Read at random, they do not depend on the number of workers; streamed, they do.
     """
-    workers = data.workers
+    workers, pin_memory = data.workers, device.type == "cuda"
+    if isinstance(source, PicturesOnDevice):
+        return DataLoader(
+            HeldViews(source, crops, seed=plan.seed),
+            batch_sampler=RunSampler(plan, start=start, stop=stop),
+            collate_fn=_held_batch,
+            pin_memory=pin_memory,
+            **worker_settings(workers),
+        )
+    on_device = data.augment == "device" or (data.augment == "auto" and device.type == "cuda")
+    maker: Maker[Any] = (DrawnMaker if on_device else CropMaker)(crops, channels=data.channels)
     if isinstance(source, Shards):
         stream = StreamedBatches(
             source,
@@ -79,6 +116,57 @@ def crop_loader(
         pin_memory=pin_memory,
         **worker_settings(workers),
     )
+
+
+def to_crops(
+    batch: Any, source: Source, data: Data, crops: Crops, device: torch.device
+) -> list[Tensor]:
+    """A loader's batch -> its normalised crops on the device, global ones first, each [B, C, S, S].
+
+    What the workers have not made of the pictures, the device makes.
+    """
+    if isinstance(batch, CropBatch):
+        parts = [part.to(device, non_blocking=True) for part in batch[:2]]
+    elif isinstance(batch, HeldBatch):
+        assert isinstance(source, PicturesOnDevice)
+        canvas, sizes = source.batch(batch.indices)
+        parts = [*augment(canvas, sizes, batch.views, crops)]
+    else:
+        canvas, sizes, views = batch.pictures
+        parts = [*augment(canvas.to(device, non_blocking=True), sizes, views, crops)]
+    mean, std = (
+        torch.tensor(values, device=device).reshape(-1, 1, 1) for values in (data.mean, data.std)
+    )
+    return [normalise(crop, mean, std) for part in parts for crop in part]
+
+
+class HeldBatch(NamedTuple):
+    """A batch of pictures that are on the device: their numbers, and their views [B, 2 + N, 16]."""
+
+    indices: list[int]
+    views: Tensor
+    names: list[str]
+    bad: Bad
+
+
+class HeldViews(Dataset[tuple[int, Tensor, str]]):
+    """(epoch, index) -> the views, in that epoch, of a picture that is on the device."""
+
+    def __init__(self, held: PicturesOnDevice, crops: Crops, *, seed: int) -> None:
+        self._names, self._sizes = held.names, held.sizes
+        self._crops = crops
+        self._seed = seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[int, Tensor, str]:
+        epoch, i = key
+        height, width = self._sizes[i].tolist()
+        rng = random.Random(f"{self._seed}/{epoch}/{i}")
+        return i, view_table(draw_views(width, height, self._crops, rng)), self._names[i]
+
+
+def _held_batch(samples: list[tuple[int, Tensor, str]]) -> HeldBatch:
+    indices, views, names = zip(*samples, strict=True)
+    return HeldBatch(list(indices), torch.stack(views), list(names), ())
 
 
 class PictureDataset(Dataset[Sample[T]], Generic[T]):
@@ -136,24 +224,6 @@ class RunSampler(Sampler[list[tuple[int, int]]]):
             before = (step * plan.world.size + plan.world.rank) * plan.accumulation + forward
             first = before * plan.batch_size
             yield [(epoch, i) for i in order[first : first + plan.batch_size].tolist()]
-
-
-def worker_settings(workers: int) -> dict[str, Any]:
-    """A `DataLoader`'s arguments for `workers` processes.
-
-    They are forked, whatever Python's default is: they read unpacked tar files, which have no name
-    in the file system, through inherited descriptors, and share the list of pictures in memory.
-    """
-    return {
-        "num_workers": workers,
-        "multiprocessing_context": "fork" if workers else None,
-        "worker_init_fn": one_thread,
-    }
-
-
-def one_thread(_: int) -> None:
-    """For a loader's worker: leaves the cores to the other workers."""
-    torch.set_num_threads(1)
 
 
 def one_line(error: Exception) -> str:

@@ -2,7 +2,10 @@
 
 from pathlib import PurePosixPath
 
-from backbone.pictures import SUFFIXES
+from backbone import pictures
+
+SUFFIXES = pictures.SUFFIXES | {".npy"}
+"""Of what is read for training: `.npy` files, uint8 [H, W, C], have channels beyond formats'."""
 
 
 class DataError(ValueError):

@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,16 +19,19 @@ import torch
 from torch import Tensor
 
 from training import data, snapshot
-from training.augmentations import normalise
+from training.bad_pictures import BadPictures
 from training.config import ConfigError, Recipe, load_recipe, recipe_to_dict
 from training.dino import clip_each_gradient, drop_last_layer_gradient, update_teacher
 from training.distributed import World, all_gather_int, barrier, world
 from training.loss import TEACHER_CROPS, LossTerms
-from training.monitors import Monitor, TrainingDiverged, check_finite
+from training.monitors import Monitor, TrainingDiverged
 from training.optimizers import set_rates, skip_if
+from training.pictures_on_device import PicturesOnDevice
+from training.plan import Plan
 from training.precision import autocast
 from training.schedules import cosine, linear_warmup
-from training.sources import DataError, open_pictures
+from training.skipped import IN_A_ROW, IN_A_ROW_FP16, SkippedSteps
+from training.sources import DataError
 from training.state import Training, make_training, restore, state_of
 
 
@@ -51,63 +55,66 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def pretrain(recipe: Recipe, here: World) -> None:
     """One whole run, or what is left of it."""
     run_dir = Path(recipe.run_dir)
-    pictures = open_pictures(recipe.data.train)
-    steps_per_epoch = data.steps_per_epoch(len(pictures.names), recipe.batch_size, here)
-    stop = recipe.epochs * steps_per_epoch
+    source = data.open_source(recipe.data, run_dir, here)
+    plan = Plan(
+        count=data.picture_count(source),
+        batch_size=recipe.batch_size,
+        accumulation=recipe.accumulation,
+        world=here,
+        seed=recipe.seed,
+    )
+    stop = recipe.epochs * plan.steps_per_epoch
 
     torch.manual_seed(recipe.seed)  # the same weights on every rank
     training = make_training(recipe, here)
-    scale = {"pictures": len(pictures.names), "processes": here.size}
+    scale = {"pictures": plan.count, "processes": here.size}
     start = 0
-    if found_snapshot := snapshot.latest(run_dir):
-        start, path = found_snapshot
+    if found := snapshot.latest(run_dir):
+        start, path = found
         restore(training, snapshot.load(path, here.device), recipe=recipe, scale=scale)
-    check_agreement(start, len(pictures.names), here)
+    check_agreement(start, plan.count, here)
 
-    sampler = data.RunSampler(
-        len(pictures.names),
-        batch_size=recipe.batch_size,
-        world=here,
-        seed=recipe.seed,
-        start=start,
-        stop=stop,
-    )
-    dataset = data.MultiCropDataset(pictures, recipe.crops, seed=recipe.seed)
-    on_gpu = here.device.type == "cuda"
-    loader = data.crop_loader(dataset, sampler, workers=recipe.data.workers, pin_memory=on_gpu)
     if here.is_main:
-        announce(recipe, here, training, pictures=len(pictures.names), start=start, stop=stop)
+        announce(recipe, here, training, pictures=plan.count, start=start, stop=stop)
+    loader = data.crop_loader(
+        source, plan, recipe.data, recipe.crops, start=start, stop=stop, device=here.device
+    )
+    bad = BadPictures(run_dir, here)
+    if isinstance(source, PicturesOnDevice):
+        bad.saw(source)
+    limit = IN_A_ROW_FP16 if training.loss_scale else IN_A_ROW
+    skipped = SkippedSteps(run_dir, here, in_a_row=limit)
     monitor = Monitor(
         run_dir,
         here,
         start=start,
         stop=stop,
-        batch_size=recipe.batch_size * here.size,
+        batch_size=plan.pictures_per_step,
         every=recipe.log_steps,
     )
-    mean, std = (
-        torch.tensor(values, device=here.device).reshape(-1, 1, 1)
-        for values in (recipe.data.mean, recipe.data.std)
-    )
-
     with monitor:
         batches = iter(loader)
         for step in range(start, stop):
             with monitor.waiting():
-                batch = next(batches)
+                loaded = list(islice(batches, plan.accumulation))
+            for batch in loaded:
+                bad.saw(batch)
             crops = [
-                normalise(crop.to(here.device, non_blocking=True), mean, std)
-                for part in batch
-                for crop in part
+                data.to_crops(batch, source, recipe.data, recipe.crops, here.device)
+                for batch in loaded
             ]
             # Drop paths, the only chance in a step, are drawn anew from it: resuming is exact.
             torch.manual_seed((recipe.seed * 1_000_003 + step) * here.size + here.rank)
-            rates = rates_at(step, steps_per_epoch, recipe, batch=recipe.batch_size * here.size)
-            found = train_step(training, [crops], rates)
-            figures = {**found.terms._asdict(), "gradient_norm": found.gradient_norm}
-            monitor.step(step, step // steps_per_epoch, figures, rates.logged())
+            epoch, place = divmod(step, plan.steps_per_epoch)
+            rates = rates_at(step, plan.steps_per_epoch, recipe, batch=plan.pictures_per_step)
+            found_terms = train_step(
+                training, crops, rates, ends_epoch=place + 1 == plan.steps_per_epoch
+            )
+            skipped.saw(step, found_terms.skipped, [n for batch in loaded for n in batch.names])
+            figures = {**found_terms.terms._asdict(), "gradient_norm": found_terms.gradient_norm}
+            monitor.step(step, epoch, figures, rates.logged())
             if (step + 1) % recipe.snapshot_steps == 0 or step + 1 == stop:
-                check_finite(found.terms.loss, step)
+                skipped.look()
                 state = state_of(training, step=step + 1, recipe=recipe, scale=scale)
                 if here.is_main:
                     snapshot.save(run_dir, step + 1, state)

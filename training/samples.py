@@ -9,9 +9,10 @@ import torch
 from PIL import UnidentifiedImageError
 from torch import Tensor
 
-from training.augmentations import multi_crop
+from training import device_augmentations
+from training.augmentations import draw_views, render_views
 from training.config import Crops
-from training.decoding import decode
+from training.decoding import decode_views
 from training.picture_files import DataError
 
 TRIES = 16
@@ -22,7 +23,7 @@ Bad = tuple[tuple[str, str], ...]
 
 
 class CropBatch(NamedTuple):
-    """The crops of a batch: 8-bit, global [2, B, 3, G, G] and local [N, B, 3, L, L].
+    """The crops of a batch: 8-bit, global [2, B, C, G, G] and local [N, B, C, L, L].
 
     Attributes:
         names: of the B pictures whose crops these are.
@@ -62,18 +63,53 @@ class Maker(Protocol[T]):
 class CropMaker:
     """Makes crops with Pillow."""
 
-    def __init__(self, crops: Crops) -> None:
+    def __init__(self, crops: Crops, *, channels: int = 3) -> None:
         self._crops = crops
+        self._channels = channels
 
     def one(self, content: bytes, name: str, rng: random.Random) -> tuple[Tensor, Tensor]:
-        """8-bit tensors [2, 3, G, G] and [N, 3, L, L]; raises `DataError` as `decode`."""
-        global_crops, local_crops = multi_crop(decode(content, name), self._crops, rng)
+        """8-bit tensors [2, C, G, G] and [N, C, L, L]; raises `DataError` as `decode_views`."""
+        picture, views = decode_views(
+            content,
+            name,
+            lambda width, height: draw_views(width, height, self._crops, rng),
+            channels=self._channels,
+        )
+        global_crops, local_crops = render_views(picture, views, self._crops)
         return torch.from_numpy(global_crops), torch.from_numpy(local_crops)
 
     def batch(self, made: Sequence[tuple[Tensor, Tensor]], names: list[str], bad: Bad) -> CropBatch:
         """Crops side by side."""
         global_crops, local_crops = zip(*made, strict=True)
         return CropBatch(torch.stack(global_crops, 1), torch.stack(local_crops, 1), names, bad)
+
+
+class DrawnBatch(NamedTuple):
+    """A batch whose crops the device is yet to make; `names` and `bad` as in `CropBatch`."""
+
+    pictures: device_augmentations.DrawnBatch
+    names: list[str]
+    bad: Bad
+
+
+class DrawnMaker:
+    """Decodes pictures and draws their views; the crops are made on the device."""
+
+    def __init__(self, crops: Crops, *, channels: int = 3) -> None:
+        self._crops = crops
+        self._channels = channels
+
+    def one(self, content: bytes, name: str, rng: random.Random) -> device_augmentations.Drawn:
+        """The picture, no larger than its views need, and them; raises `DataError`."""
+        return device_augmentations.draw_encoded(
+            content, name, self._crops, rng, channels=self._channels
+        )
+
+    def batch(
+        self, made: Sequence[device_augmentations.Drawn], names: list[str], bad: Bad
+    ) -> DrawnBatch:
+        """Pictures side by side, padded to the largest."""
+        return DrawnBatch(device_augmentations.collate_drawn(made), names, bad)
 
 
 def first_good(

@@ -6,9 +6,8 @@ from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from backbone.pictures import SUFFIXES
 from training import parquet, tars
-from training.picture_files import DataError, is_hidden, is_picture
+from training.picture_files import SUFFIXES, DataError, is_hidden, is_picture
 
 __all__ = [
     "DataError",

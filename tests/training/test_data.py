@@ -141,12 +141,12 @@ def test_workers_give_the_batches_of_one_process(tmp_path: Path, compression: st
         return list(
             crop_loader(
                 pictures,
-                CropMaker(CROPS),
                 Plan(count=8, batch_size=2, world=one(), seed=1),
                 Data(train=("x",), workers=workers),
+                CROPS,
                 start=0,
                 stop=8,
-                pin_memory=False,
+                device=torch.device("cpu"),
             )
         )
 

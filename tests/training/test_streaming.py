@@ -78,7 +78,7 @@ def batches(
         seed=seed,
     )
     loader = crop_loader(
-        opened, CropMaker(CROPS), plan, data, start=start, stop=stop, pin_memory=False
+        opened, plan, data, CROPS, start=start, stop=stop, device=torch.device("cpu")
     )
     return list(loader)
 

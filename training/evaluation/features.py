@@ -9,10 +9,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from backbone.artifact import Artifact
-from training.data import worker_settings
 from training.decoding import decode
 from training.precision import autocast, autocast_dtype
 from training.sources import Pictures
+from training.workers import worker_settings
 
 
 class _Views(Dataset[Tensor]):

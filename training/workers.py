@@ -1,0 +1,23 @@
+"""How a loader's worker processes are started."""
+
+from typing import Any
+
+import torch
+
+
+def worker_settings(workers: int) -> dict[str, Any]:
+    """A `DataLoader`'s arguments for `workers` processes.
+
+    They are forked, whatever Python's default is: they read unpacked tar files, which have no name
+    in the file system, through inherited descriptors, and share the list of pictures in memory.
+    """
+    return {
+        "num_workers": workers,
+        "multiprocessing_context": "fork" if workers else None,
+        "worker_init_fn": one_thread,
+    }
+
+
+def one_thread(_: int) -> None:
+    """For a loader's worker: leaves the cores to the other workers."""
+    torch.set_num_threads(1)
