@@ -172,8 +172,8 @@ def test_accumulated_batches_are_one_larger_batch(run: Run, run_dir: Path) -> No
     losses = [[float(row["loss"]) for row in log_rows(d)] for d in (run_dir, run.run_dir)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     ours, whole = final_state(run_dir), final_state(run.run_dir)
-    for part in ("loss", "teacher"):
-        torch.testing.assert_close(ours[part], whole[part], rtol=1e-4, atol=1e-6)
+    for part in ("loss", "teacher"):  # to 1e-5: AdamW makes the key bias of rounding noise
+        torch.testing.assert_close(ours[part], whole[part], rtol=1e-4, atol=1e-5)
 
 
 def test_batch_norm_over_cpu_processes_is_refused(run: Run) -> None:
