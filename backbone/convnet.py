@@ -7,7 +7,7 @@ Legend for shapes: B pictures, C channels, D embedding size, E channels of the l
 N = h x w its places.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -129,6 +129,13 @@ class ConvNet(nn.Module):
             if child in children:
                 x = children[child](x)
         return Features(x, patches, grid, (), None)
+
+    def forward_cls(self, batches: Sequence[Tensor]) -> Tensor:
+        """The embeddings [sum of B, D] of several batches, each [B, C, H, W] of a size of its own.
+
+        One pass for each: as in the original, a BatchNorm sees pictures of one size at a time.
+        """
+        return torch.cat([self(pictures).cls for pictures in batches])
 
     def _check(self, pictures: Tensor) -> None:
         if pictures.ndim != 4 or pictures.shape[1] != self.in_channels:

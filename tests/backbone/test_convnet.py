@@ -220,6 +220,14 @@ def test_it_can_be_converted_to_synchronised_batch_norm_and_copied() -> None:
     assert torch.equal(synchronised(pictures).cls, network.eval()(pictures).cls)
 
 
+def test_crops_of_several_sizes_are_embedded_in_their_order() -> None:
+    torch.manual_seed(0)
+    network = ConvNet("resnet18").eval()
+    batches = [torch.randn(2, 3, 48, 48), torch.randn(3, 3, 32, 32)]
+    apart = torch.cat([network(batch).cls for batch in batches])
+    assert torch.equal(network.forward_cls(batches), apart)
+
+
 def test_several_scales() -> None:
     torch.manual_seed(0)
     vector = multiscale(ConvNet("resnet18").eval(), torch.randn(2, 3, 64, 48))

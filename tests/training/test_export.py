@@ -13,7 +13,7 @@ from training import export, pretrain, snapshot
 from training.config import load_recipe, recipe_from_dict, recipe_to_dict
 from training.distributed import World
 from training.evaluation.__main__ import main as evaluate
-from training.state import Training, make_training, restore
+from training.state import Training, make_network, make_training, restore
 
 OVERRIDES = ["epochs=2", "optimizer.lr=0.5"]
 
@@ -105,7 +105,7 @@ def test_a_grey_convnet_in_half_precision(tmp_path: Path) -> None:
         "model": {"architecture": "mobilenet_v3_small"},
     }
     recipe = recipe_from_dict(table)
-    teacher = pretrain.make_network(recipe, drop_path_rate=0.0)
+    teacher = make_network(recipe, student=False)
     teacher.backbone.train()(torch.randn(4, 1, 32, 32))
     state = {"teacher": teacher.state_dict(), "student": {}, "recipe": recipe_to_dict(recipe)}
     snapshot.save(tmp_path, 1, {**state, "step": 1})
