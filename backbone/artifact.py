@@ -8,8 +8,9 @@ The header's `dinoscope` entry is a JSON object:
     provenance       how it was made: free JSON, `licence` among it
     quality          what it measured: free JSON, e.g. {"knn": {"20": {"top1": .., "top5": ..}}}
 
-The tensors are the network's, and optionally `whitening.mean` and `whitening.matrix`
-(backbone.whitening), which a service applies to what it searches.
+The tensors are the network's (the running statistics of a BatchNorm are buffers among them), and
+optionally `whitening.mean` and `whitening.matrix` (backbone.whitening), which a service applies to
+what it searches.
 
 Reading checks all of it, and every tensor's name, shape and finiteness. Nothing is ever unpickled.
 """
@@ -29,9 +30,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from backbone.architectures import Architecture
+from backbone.architectures import Architecture, Backbone
 from backbone.preprocess import Preprocess
-from backbone.vit import VisionTransformer
 from backbone.whitening import Whitening
 
 FORMAT_VERSION = 1
@@ -65,20 +65,32 @@ class Artifact:
         """16 hex digits (of a SHA-256) over all that decides on the vectors.
 
         Vectors of models with different fingerprints cannot be compared. Provenance and quality
-        have no part in it: a better description does not make another model.
+        have no part in it: a better description does not make another model. Nor have whole
+        numbers: they are BatchNorm's counts of the batches it has seen.
         """
         described = [asdict(self.architecture), asdict(self.preprocess)]
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
         for name, tensor in sorted({**self.weights, **_whitening_tensors(self.whitening)}.items()):
+            if not tensor.is_floating_point():
+                continue
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def network(self) -> VisionTransformer:
+    def network(self) -> Backbone:
         """The network in evaluation mode, float32, on the CPU."""
         network = self.architecture.build()
-        network.load_state_dict({name: w.float() for name, w in self.weights.items()})
+        network.load_state_dict(dict(self.weights))  # copies 16 bits into 32
         return network.eval().requires_grad_(False)
+
+
+def half_precision(weights: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
+    """The parameters in float16: half the size. Buffers stay as they are.
+
+    A BatchNorm's running variance may lie outside of float16's range, and takes no room.
+    """
+    buffers = {name for name, _ in architecture.skeleton().named_buffers()}
+    return {name: w if name in buffers else w.half() for name, w in weights.items()}
 
 
 def write_artifact(artifact: Artifact, path: Path) -> str:
@@ -186,11 +198,10 @@ def _check_sizes(preprocess: Preprocess, architecture: Architecture, path: Path)
             f"the header of {path}: preprocessing has {len(preprocess.mean)} channels, "
             f"the architecture {architecture.in_channels}"
         )
-    if preprocess.crop < architecture.patch_size:
-        raise ArtifactError(
-            f"the header of {path}: crop {preprocess.crop} is smaller than "
-            f"patch_size {architecture.patch_size}"
-        )
+    try:
+        architecture.check_side("crop", preprocess.crop)
+    except ValueError as error:
+        raise ArtifactError(f"the header of {path}: {error}") from error
 
 
 def check_weights(weights: Mapping[str, Tensor], architecture: Architecture, path: Path) -> None:
@@ -199,8 +210,7 @@ def check_weights(weights: Mapping[str, Tensor], architecture: Architecture, pat
     Raises:
         ArtifactError: they are not those of the architecture, or not finite.
     """
-    with torch.device("meta"):
-        expected = architecture.build().state_dict()
+    expected = architecture.skeleton().state_dict()
     missing, unknown = (
         sorted(expected.keys() - weights.keys()),
         sorted(weights.keys() - expected.keys()),
@@ -215,6 +225,12 @@ def check_weights(weights: Mapping[str, Tensor], architecture: Architecture, pat
             raise ArtifactError(
                 f"{name} in {path} has shape {list(tensor.shape)}, not {list(expected[name].shape)}"
             )
+        if not expected[name].is_floating_point():  # a BatchNorm's count of batches
+            if tensor.dtype != expected[name].dtype:
+                raise ArtifactError(
+                    f"{name} in {path} is {tensor.dtype}, not {expected[name].dtype}"
+                )
+            continue
         if tensor.dtype not in _DTYPES:
             raise ArtifactError(f"{name} in {path} is {tensor.dtype}, not a 16 or 32 bit float")
         if not math.isfinite(tensor.float().abs().max().item()):

@@ -4,12 +4,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbone.vit import Features, VisionTransformer
+from backbone.architectures import Backbone
+from backbone.vit import Features
 
 
 def copy_descriptor(features: Features, *, p: float = 4.0) -> Tensor:
-    """CLS and the patch tokens' generalised mean, [B, 2 * D], not normalised (paper, section 4.2).
+    """CLS and the patch tokens' generalised mean, [B, D + E], not normalised (paper, section 4.2).
 
+    D is the length of an embedding and E that of a patch token; in a ViT they are the same. Of a
+    convolutional network they are the pooled embedding and the places of its last feature map.
     Whitening and normalisation belong to the collection that is searched.
     """
     return torch.cat((features.cls, generalised_mean(features.patches, p=p)), dim=1)
@@ -23,13 +26,13 @@ def generalised_mean(patches: Tensor, *, p: float = 4.0) -> Tensor:
     return patches.clamp(min=1e-6).pow(p).mean(dim=1).pow(1.0 / p)
 
 
-def multiscale(network: VisionTransformer, picture: Tensor) -> Tensor:
+def multiscale(network: Backbone, picture: Tensor) -> Tensor:
     """CLS summed over the scales 1, 1/sqrt 2 and 1/2, then L2-normalised: [B, D].
 
     Pictures [B, C, H, W] are scaled bilinearly, as the original does it for retrieval.
 
     Raises:
-        ValueError: the smallest scale does not hold one patch.
+        ValueError: the smallest scale is too small for the network.
     """
     total = torch.zeros(len(picture), network.embed_dim, device=picture.device)
     for scale in (1.0, 1 / 2**0.5, 0.5):

@@ -1,4 +1,6 @@
-"""Files of pictures, the same in training and in the service: formats, and what RGB they give."""
+"""Files of pictures, the same in training and in the service: formats, and what they give."""
+
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -9,11 +11,19 @@ SUFFIXES = frozenset(
 )
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """An opened picture -> RGB, 8 bits, upright.
+Mode = Literal["L", "RGB", "RGBA"]  # grey, colours, colours with opacity
 
-    EXIF orientation is applied; transparency is laid over white; 16 bits, 32 bits and floats are
-    scaled, not clipped; an animation gives its first frame.
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """An opened picture -> RGB; see `to_mode`."""
+    return to_mode(picture, "RGB")
+
+
+def to_mode(picture: Image.Image, mode: Mode) -> Image.Image:
+    """An opened picture -> `mode`, 8 bits, upright.
+
+    EXIF orientation is applied; transparency is laid over white, or kept in RGBA; 16 bits, 32 bits
+    and floats are scaled, not clipped; an animation gives its first frame.
 
     Raises:
         Exception: whatever Pillow's decoders raise on damaged content; they promise no kinds.
@@ -21,12 +31,20 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     picture.load()
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
-        return _eight_bits(picture)
+        picture = _eight_bits(picture)
     if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, picture).convert("RGB")
-    return picture.convert("RGB")
+        if mode != "RGBA":
+            picture = over_white(picture)
+    return picture if picture.mode == mode else picture.convert(mode)
+
+
+def over_white(picture: Image.Image) -> Image.Image:
+    """An RGBA picture -> RGB, its transparency laid over white; others as they are."""
+    if picture.mode != "RGBA":
+        return picture
+    white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, picture).convert("RGB")
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:

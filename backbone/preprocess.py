@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from backbone.pictures import Mode
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -53,11 +55,36 @@ class Preprocess:
         if not all(math.isfinite(s) and s > 0 for s in self.std):
             raise ValueError(f"std {self.std} is not positive")
 
+    @property
+    def mode(self) -> Mode:
+        """What a picture must be for `to_tensor`: "L" (grey), "RGB", or "RGBA".
+
+        Raises:
+            ValueError: files of pictures hold no such number of channels.
+        """
+        modes: dict[int, Mode] = {1: "L", 3: "RGB", 4: "RGBA"}
+        if len(self.mean) not in modes:
+            raise ValueError(
+                f"pictures of {len(self.mean)} channels cannot be made from files; "
+                "1 (grey), 3 (RGB) and 4 (RGBA) can"
+            )
+        return modes[len(self.mean)]
+
     @classmethod
-    def in_proportion(cls, side: int, *, patch_size: int) -> Self:
-        """The paper's sizes for a network trained on crops of `side`: 256 : 224 : 320 (copies)."""
+    def in_proportion(cls, side: int, *, patch_size: int, channels: int = 3) -> Self:
+        """The paper's sizes for a network trained on crops of `side`: 256 : 224 : 320 (copies).
+
+        Mean and deviation are ImageNet's for 3 channels, and 0.5 and 0.25 for other counts.
+        """
         copy_size = max(1, round(side * 320 / 224 / patch_size)) * patch_size
-        return cls(resize=round(side * 256 / 224), crop=side, copy_size=copy_size)
+        rgb = channels == 3
+        return cls(
+            resize=round(side * 256 / 224),
+            crop=side,
+            copy_size=copy_size,
+            mean=IMAGENET_MEAN if rgb else (0.5,) * channels,
+            std=IMAGENET_STD if rgb else (0.25,) * channels,
+        )
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
@@ -122,10 +149,7 @@ class Preprocess:
         return ((tensor - mean) / std).permute(2, 0, 1).contiguous()
 
     def _channels(self, picture: Image.Image) -> Image.Image:
-        mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(len(self.mean))
-        if mode is None:
-            raise ValueError(f"pictures of {len(self.mean)} channels cannot be made from files")
-        return picture if picture.mode == mode else picture.convert(mode)
+        return picture if picture.mode == self.mode else picture.convert(self.mode)
 
 
 def _without_far_ends(picture: Image.Image, *, ratio: int = 64) -> Image.Image:

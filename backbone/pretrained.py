@@ -39,7 +39,15 @@ DOWNLOADS: Mapping[str, Download] = MappingProxyType(
         ),
         "dino_vitb16": Download(url=f"{_DINO}/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"),
         "dino_vitb8": Download(url=f"{_DINO}/dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth"),
+        "dino_resnet50": Download(url=f"{_DINO}/dino_resnet50_pretrain/dino_resnet50_pretrain.pth"),
     }
+)
+
+# torchvision's, told apart by the shapes of their weights; the published one comes first.
+RESNETS = (
+    *("resnet50", "resnet18", "resnet34", "resnet101", "resnet152"),
+    *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
+    *("wide_resnet50_2", "wide_resnet101_2"),
 )
 
 
@@ -85,12 +93,38 @@ def read_checkpoint(
 ) -> Artifact:
     """Reads an original DINO `.pth`, through `weights_only=True`: nothing in it is run.
 
-    The architecture is told from the tensors' shapes. A full checkpoint holds `student` and
-    `teacher`, of which `key` is taken; `module.` and `backbone.` prefixes and the projection head
-    are removed.
+    The architecture, a ViT or a ResNet, is told from the tensors' names and shapes. A full
+    checkpoint holds `student` and `teacher`, of which `key` is taken; `module.` and `backbone.`
+    prefixes, the projection head and a classifier (`fc`) are removed.
 
     Raises:
-        ArtifactError: a damaged file, or one that holds no ViT of a known size.
+        ArtifactError: a damaged file, or one that holds no ViT or ResNet of a known size.
+    """
+    weights, _ = read_tensors(path, key=key)
+    architecture = _architecture_of(weights, path)
+    check_weights(weights, architecture, path)
+    return Artifact(
+        architecture=architecture,
+        preprocess=Preprocess.in_proportion(
+            architecture.image_size,
+            patch_size=architecture.patch_size,
+            channels=architecture.in_channels,
+        ),
+        weights=weights,
+        provenance={"source": path.name, **provenance},
+    )
+
+
+def read_tensors(
+    path: Path, *, key: str = "teacher"
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of an original `.pth` under their plain names: the backbone's, and the head's.
+
+    See `read_checkpoint`. The head's are those of `training.dino.ProjectionHead`, `mlp.0.weight`
+    and so on; there are none where the file holds a backbone alone.
+
+    Raises:
+        ArtifactError: a damaged file, or one that holds no table of tensors.
     """
     try:
         # A full checkpoint carries its command line, a Namespace of plain values.
@@ -102,43 +136,33 @@ def read_checkpoint(
             f"{path} cannot be read safely: it is damaged, no checkpoint, or holds more than "
             "tensors and plain values"
         ) from error
-    weights = _backbone_weights(content, path, key=key)
-    architecture = _architecture_of(weights, path)
-    check_weights(weights, architecture, path)
-    return Artifact(
-        architecture=architecture,
-        preprocess=Preprocess.in_proportion(
-            architecture.image_size, patch_size=architecture.patch_size
-        ),
-        weights=weights,
-        provenance={"source": path.name, **provenance},
-    )
-
-
-def _backbone_weights(content: object, path: Path, *, key: str) -> dict[str, Tensor]:
     if isinstance(content, dict) and key in content:
         content = content[key]
     if not isinstance(content, dict):
         raise ArtifactError(f"{path} holds a {type(content).__name__}, not a table of tensors")
-    stripped = {str(k).removeprefix("module."): v for k, v in content.items()}
+    tensors = {str(k).removeprefix("module."): v for k, v in content.items()}
+    head = {k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")}
     prefix = "backbone."
-    if any(name.startswith(prefix) for name in stripped):
-        stripped = {k.removeprefix(prefix): v for k, v in stripped.items() if k.startswith(prefix)}
-    weights = {k: v for k, v in stripped.items() if not k.startswith("head.")}
-    wrong = sorted(k for k, v in weights.items() if not isinstance(v, Tensor))
-    if wrong:
-        raise ArtifactError(f"{path} holds entries that are not tensors: {wrong[:3]}")
-    return weights
+    if any(name.startswith(prefix) for name in tensors):
+        tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    weights = {k: v for k, v in tensors.items() if not k.startswith(("head.", "fc."))}
+    for part in (weights, head):
+        if wrong := sorted(k for k, v in part.items() if not isinstance(v, Tensor)):
+            raise ArtifactError(f"{path} holds entries that are not tensors: {wrong[:3]}")
+    return weights, head
 
 
 def _architecture_of(weights: Mapping[str, Tensor], path: Path) -> Architecture:
+    if "layer4.0.conv1.weight" in weights:
+        return _resnet_of(weights, path)
     try:
         _, in_channels, patch_size, _ = weights["patch_embed.proj.weight"].shape
         _, tokens, embed_dim = weights["pos_embed"].shape
     except (KeyError, ValueError) as error:
         raise ArtifactError(
             f"{path} holds no ViT of the original's form (no patch_embed.proj.weight or "
-            f"pos_embed); its first entries are {sorted(weights)[:3]}"
+            "pos_embed), and no ResNet (no layer4.0.conv1.weight); its first entries are "
+            f"{sorted(weights)[:3]}"
         ) from error
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     for name, shape in VITS.items():
@@ -156,6 +180,31 @@ def _architecture_of(weights: Mapping[str, Tensor], path: Path) -> Architecture:
     raise ArtifactError(
         f"{path} holds a ViT of width {embed_dim} and depth {depth}; known are {known}"
     )
+
+
+def _resnet_of(weights: Mapping[str, Tensor], path: Path) -> Architecture:
+    """The ResNet whose weights are most like these, whatever the channels of a picture."""
+    shapes = _shapes(weights)
+    found, most = RESNETS[0], 0
+    for name in RESNETS:
+        known = _shapes(Architecture(name=name).skeleton().state_dict())
+        alike = len(shapes.items() & known.items())
+        if alike > most:
+            found, most = name, alike
+        if shapes == known:
+            break
+    first = weights.get("conv1.weight")
+    try:
+        channels = 3 if first is None or first.ndim != 4 else first.shape[1]
+        return Architecture(name=found, in_channels=channels)
+    except ValueError as error:
+        raise ArtifactError(f"the weights in {path} do not fit: {error}") from error
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    first = shapes.pop("conv1.weight", ())
+    return {**shapes, "conv1.weight": first[:1] + first[2:]}
 
 
 def _download(name: str, download: Download) -> Path:

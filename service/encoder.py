@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from backbone.descriptors import copy_descriptor
+from backbone.pictures import Mode
 from backbone.pretrained import NamedModel
 
 Array = npt.NDArray[np.float32]
@@ -23,18 +24,28 @@ class ModelInfo:
 
     Attributes:
         fingerprint: vectors of models with different fingerprints cannot be compared.
-        embedding_size: of the CLS embedding; the copy descriptor is twice as long.
-        input_size, patch_size: in pixels.
+        embedding_size: of the CLS embedding.
+        copy_embedding_size: of the copy descriptor.
+        input_size, patch_size: in pixels; a convolutional network has no patches.
+        heads: of attention; 0 for a convolutional network, which has none.
+        picture_mode: what the model sees of a picture: grey ("L"), "RGB" or "RGBA".
     """
 
     name: str
     fingerprint: str
     architecture: str
     embedding_size: int
+    copy_embedding_size: int
     input_size: int
-    patch_size: int
+    patch_size: int | None
     heads: int
+    picture_mode: Mode
     licence: str
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """What the model can do."""
+        return TASKS if self.heads else tuple(task for task in TASKS if task != "attention")
 
 
 class Encoder(Protocol):
@@ -43,10 +54,10 @@ class Encoder(Protocol):
     info: ModelInfo
 
     def prepare(self, task: Task, picture: Image.Image) -> Array:
-        """RGB picture -> input [C, H, W] for `task`; runs in decoding threads."""
+        """RGB picture, RGBA for a model of those, -> input [C, H, W]; runs in decoding threads."""
 
     def run(self, task: Task, inputs: Sequence[Array]) -> list[Array]:
-        """Inputs of one shape -> for each, CLS [D], copy descriptor [2 D], or maps [heads, h, w].
+        """Inputs of one shape -> for each, CLS [D], copy descriptor, or maps [heads, h, w].
 
         Runs in the model's one thread.
         """
@@ -64,7 +75,8 @@ class TorchEncoder:
             as the original draws it.
 
     Raises:
-        ValueError: CUDA was asked for and is not there.
+        ValueError: CUDA was asked for and is not there, or the model takes pictures of a number of
+            channels that files do not hold.
     """
 
     def __init__(
@@ -76,19 +88,27 @@ class TorchEncoder:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self._device = torch.device(device)
         artifact = model.artifact
+        architecture, preprocess = artifact.architecture, artifact.preprocess
+        try:
+            picture_mode = preprocess.mode
+        except ValueError as error:
+            raise ValueError(f"model {model.name!r} cannot be served: {error}") from error
         self._network = artifact.network().to(self._device)
-        self._preprocess = artifact.preprocess
+        self._preprocess = preprocess
         self._whitening = artifact.whitening
-        self._patch = artifact.architecture.patch_size
-        self._attention_pixels = attention_pixels or round(artifact.preprocess.crop * 480 / 224)
+        self._patch = architecture.patch_size
+        self._attention_pixels = attention_pixels or round(preprocess.crop * 480 / 224)
+        vit = architecture.has_attention
         self.info = ModelInfo(
             name=model.name,
             fingerprint=artifact.fingerprint,
-            architecture=f"{artifact.architecture.name}/{self._patch}",
-            embedding_size=artifact.architecture.embed_dim,
-            input_size=artifact.preprocess.crop,
-            patch_size=self._patch,
-            heads=artifact.architecture.num_heads,
+            architecture=f"{architecture.name}/{self._patch}" if vit else architecture.name,
+            embedding_size=architecture.embed_dim,
+            copy_embedding_size=architecture.embed_dim + architecture.token_dim,
+            input_size=preprocess.crop,
+            patch_size=self._patch if vit else None,
+            heads=architecture.num_heads,
+            picture_mode=picture_mode,
             licence=str(artifact.provenance.get("licence") or "unknown"),
         )
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from PIL import Image, UnidentifiedImageError
 
-from backbone.pictures import FORMATS, to_rgb
+from backbone.pictures import FORMATS, Mode, over_white, to_mode
 from service.errors import ImageError
 
 
@@ -24,8 +24,8 @@ class Limits:
     max_pixels: int
 
 
-def decode(content: bytes, limits: Limits, *, param: str) -> Image.Image:
-    """Encoded bytes -> RGB picture, upright.
+def decode(content: bytes, limits: Limits, *, param: str, mode: Mode = "RGB") -> Image.Image:
+    """Encoded bytes -> picture of `mode`, upright.
 
     Args:
         param: where the picture stood in the request, for the message.
@@ -40,7 +40,7 @@ def decode(content: bytes, limits: Limits, *, param: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
             _check_pixels(picture, limits, param)
-            return to_rgb(picture)
+            return to_mode(picture, mode)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
@@ -96,7 +96,7 @@ def from_text(text: str, limits: Limits, *, param: str) -> bytes:
 
 def thumbnail(picture: Image.Image, *, side: int = 192) -> bytes:
     """A small JPEG of the picture, at most `side` pixels on its long side."""
-    small = picture.copy()
+    small = over_white(picture).copy()
     small.thumbnail((side, side), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=80)

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from backbone.pictures import Mode
 from service.heatmaps import Colormap
 
 Picture = Annotated[
@@ -139,9 +140,11 @@ class ModelCard(Answer):
     architecture: str
     fingerprint: str
     embedding_size: int
+    copy_embedding_size: int = Field(description="of feature=copy")
     input_size: int
-    patch_size: int
-    heads: int
+    patch_size: int | None = Field(description="null for a convolutional network")
+    heads: int = Field(description="0 for a convolutional network, which has no attention")
+    picture_mode: Mode = Field(description="what it sees of a picture: grey (L), RGB or RGBA")
     licence: str
 
 

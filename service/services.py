@@ -23,8 +23,8 @@ class Services:
     @property
     def spaces(self) -> dict[str, int]:
         """The vectors of each picture: CLS for similarity, the copy descriptor for copies."""
-        size = self.vision.info.embedding_size
-        return {"cls": size, "copy": 2 * size}
+        info = self.vision.info
+        return {"cls": info.embedding_size, "copy": info.copy_embedding_size}
 
     def collection(self, name: str) -> Collection:
         """A collection whose vectors the served model can be compared with.

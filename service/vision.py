@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
+from backbone.pictures import Mode, over_white
 from service import heatmaps, images
 from service.batcher import Batcher
-from service.encoder import TASKS, Array, Encoder, ModelInfo, Task, batch_kind, runner
+from service.encoder import Array, Encoder, ModelInfo, Task, batch_kind, runner
 
 T = TypeVar("T")
 
@@ -107,9 +108,9 @@ class Vision:
         """
 
         def work() -> tuple[Array, Image.Image]:
-            content = picture.read(self.limits)
-            decoded = images.decode(content, self.limits, param=picture.param)
+            decoded = self._decode(picture.read(self.limits), picture.param)
             prepared = self._encoder.prepare("attention", decoded)
+            decoded = over_white(decoded)
             decoded.thumbnail((largest, largest), Image.Resampling.BICUBIC)
             return prepared, decoded
 
@@ -128,7 +129,7 @@ class Vision:
 
         def work() -> Prepared:
             content = picture.read(self.limits)
-            decoded = images.decode(content, self.limits, param=picture.param)
+            decoded = self._decode(content, picture.param)
             return Prepared(
                 inputs={task: self._encoder.prepare(task, decoded) for task in tasks},
                 content_hash=hashlib.sha256(content).hexdigest(),
@@ -161,8 +162,13 @@ class Vision:
     def warm_up(self) -> None:
         """Runs each task once, so that the first request finds everything loaded."""
         grey = Image.new("RGB", (64, 48), (128, 128, 128))
-        for task in TASKS:
+        for task in self.info.tasks:
             self._encoder.run(task, [self._encoder.prepare(task, grey)])
+
+    def _decode(self, content: bytes, param: str) -> Image.Image:
+        # In colour for a model of grey too: thumbnails and maps show the picture as it is.
+        mode: Mode = "RGBA" if self.info.picture_mode == "RGBA" else "RGB"
+        return images.decode(content, self.limits, param=param, mode=mode)
 
     def close(self) -> None:
         """Finishes what waits, then ends the threads."""

@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 
-from backbone.artifact import Artifact, ArtifactError, read_artifact, write_artifact
+from backbone.artifact import (
+    Artifact,
+    ArtifactError,
+    half_precision,
+    read_artifact,
+    write_artifact,
+)
 from backbone.preprocess import Preprocess
 from backbone.whitening import fit_whitening
 from training import snapshot
@@ -84,7 +90,7 @@ def teacher_artifact(
 
     Args:
         key: "teacher" (the paper's choice) or "student".
-        half: float16.
+        half: parameters in float16.
         sizes: fields of `Preprocess` that differ from the paper's proportions for the run's
             global crops.
 
@@ -99,15 +105,18 @@ def teacher_artifact(
     recipe = recipe_from_dict(state["recipe"])
     prefix = "backbone."
     weights = {
-        name.removeprefix(prefix): tensor.to(torch.float16) if half else tensor
+        name.removeprefix(prefix): tensor
         for name, tensor in state[key].items()
         if name.startswith(prefix)
     }
-    paper = Preprocess.in_proportion(recipe.crops.global_size, patch_size=recipe.model.patch_size)
+    architecture = recipe.architecture
+    paper = Preprocess.in_proportion(recipe.crops.global_size, patch_size=architecture.patch_size)
     return Artifact(
-        architecture=recipe.architecture,
-        preprocess=Preprocess(**{**dataclasses.asdict(paper), **(sizes or {})}),
-        weights=weights,
+        architecture=architecture,
+        preprocess=dataclasses.replace(
+            paper, mean=recipe.data.mean, std=recipe.data.std, **(sizes or {})
+        ),
+        weights=half_precision(weights, architecture) if half else weights,
         provenance={
             "licence": licence,
             "method": "DINO (arXiv 2104.14294)",

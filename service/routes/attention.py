@@ -6,7 +6,7 @@ import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 
 from service import uploads
-from service.encoder import Array
+from service.encoder import Array, ModelInfo
 from service.errors import RequestError
 from service.heatmaps import Style
 from service.routes.openapi import ERRORS, picture_body
@@ -38,6 +38,7 @@ async def attention(
 ) -> Response:
     """The CLS row of the last block's attention, over the picture in its own aspect ratio."""
     vision = services.vision
+    _check_attention(vision.info)
     options = query
     if uploads.is_json(request):
         body = await uploads.read_json(request, AttentionRequest)
@@ -70,6 +71,15 @@ def _choose(maps: Array, head: str) -> tuple[Array, list[int | str]]:
     if head == "all":
         return maps, list(range(len(maps)))
     return maps[int(head)][None], [int(head)]
+
+
+def _check_attention(info: ModelInfo) -> None:
+    if "attention" not in info.tasks:
+        raise RequestError(
+            f"the model {info.name!r} ({info.architecture}) is a convolutional network, which has "
+            "no attention; serve a ViT for this",
+            code="attention_unavailable",
+        )
 
 
 def _check_head(head: str, heads: int) -> None:

@@ -13,7 +13,8 @@ export class AttentionPanel {
   #shown = null; // {picture: Promise<Blob | null>, name}
   #latest = new Latest();
   #errors = new ErrorBox($("attention-error"));
-  #idleNote = $("attention-note").textContent;
+  #headsNote = $("attention-note").textContent;
+  #idleNote = this.#headsNote;
   #onError;
 
   /** `onError(error, box, retry)` says what went wrong. */
@@ -23,14 +24,20 @@ export class AttentionPanel {
     this.#showDrawing();
   }
 
+  /** A convolutional network has no heads: there is nothing to draw, and the note says why. */
   setHeads(count) {
+    this.#idleNote = count
+      ? this.#headsNote
+      : "This model is a convolutional network, which has no attention to show";
     this.clear();
     const heads = Array.from({ length: count }, (_, i) => new MapTile(i, `Head ${i}`));
-    this.#tiles = [new MapTile("mean", "Mean of all heads"), ...heads];
+    this.#tiles = count ? [new MapTile("mean", "Mean of all heads"), ...heads] : [];
+    for (const id of ["colormap", "overlay", "threshold"]) $(id).disabled = count === 0;
     $("maps").replaceChildren(...this.#tiles.map((tile) => tile.figure));
   }
 
   show(picture, { name, file }) {
+    if (!this.#tiles.length) return;
     this.#shown = { picture, name };
     $("attention-note").textContent = file ? this.#idleNote : "Drawn from the stored thumbnail";
     this.#draw();

@@ -1,3 +1,4 @@
+import io
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
+from backbone.pictures import Mode, over_white, to_mode, to_rgb
 from backbone.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 
 SMALL = Preprocess(resize=36, crop=32, copy_size=40)
@@ -158,3 +160,44 @@ def test_settings_that_cannot_be(changes: dict[str, Any], words: str) -> None:
 def test_sizes_in_the_papers_proportion(side: int, patch: int, sizes: tuple[int, int, int]) -> None:
     made = Preprocess.in_proportion(side, patch_size=patch)
     assert (made.resize, made.crop, made.copy_size) == sizes
+
+
+def test_the_mode_that_a_model_sees() -> None:
+    for channels, mode in ((1, "L"), (3, "RGB"), (4, "RGBA")):
+        assert Preprocess.in_proportion(32, patch_size=8, channels=channels).mode == mode
+    with pytest.raises(ValueError, match=r"5 channels .* 1 \(grey\), 3 \(RGB\) and 4 \(RGBA\)"):
+        assert Preprocess.in_proportion(32, patch_size=8, channels=5).mode
+
+
+def test_transparency_is_kept_for_those_who_see_it() -> None:
+    clear = picture((8, 6), "RGBA")
+    clear.putalpha(Image.linear_gradient("L").resize((8, 6)))
+    white = Image.alpha_composite(Image.new("RGBA", (8, 6), (255, 255, 255, 255)), clear)
+    for kind in ("PNG", "WEBP"):
+        with io.BytesIO() as file:
+            clear.save(file, kind, lossless=True, exact=True)
+            with Image.open(file) as opened:
+                kept = to_mode(opened, "RGBA")
+            assert np.array_equal(np.asarray(kept), np.asarray(clear))
+            for mode in ("RGB", "L"):
+                with Image.open(file) as opened:
+                    flat = to_mode(opened, mode)
+                assert flat.mode == mode
+                expected = white.convert("RGB").convert(mode)
+                assert np.array_equal(np.asarray(flat), np.asarray(expected))
+    assert over_white(clear).mode == "RGB"
+    assert np.array_equal(np.asarray(to_mode(clear.copy(), "RGB")), np.asarray(over_white(clear)))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+@pytest.mark.parametrize("source", ["1", "L", "I;16", "F", "P", "CMYK", "RGB"])
+def test_what_has_no_transparency_is_opaque(source: str, mode: Mode) -> None:
+    if source in ("I;16", "F"):
+        made = Image.fromarray(np.full((3, 4), 1, np.uint16 if source == "I;16" else np.float32))
+    else:
+        made = picture((4, 3), source)
+    found = to_mode(made, mode)
+    assert found.mode == mode
+    if mode == "RGBA":
+        assert found.getextrema()[3] == (255, 255)
+        assert np.array_equal(np.asarray(found.convert("RGB")), np.asarray(to_rgb(made)))

@@ -258,6 +258,26 @@ def test_what_the_server_refuses_is_said_in_its_words(page: Any, complaints: lis
     assert all("status of 415" in line for line in complaints)
 
 
+def test_a_model_without_attention_says_so_and_still_searches(
+    page: Any, server: str, complaints: list[str]
+) -> None:
+    models = httpx.get(f"{server}/v1/models").json()
+    models["data"][0].update(architecture="resnet50", heads=0, patch_size=None)
+    page.route("**/v1/models", lambda route: route.fulfill(json=models))
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.reload()
+    expect(page, "#fact-model").to_contain_text("resnet50")
+    choose(page, "again.jpg", encoded(picture(3), "JPEG", quality=90))
+    assert match_ids(page)[0] == "stripes/3 a&b.png"
+    assert "no attention" in page.text_content("#attention-note")
+    assert page.locator("#maps figure").count() == 0
+    assert page.locator("#attention :enabled").count() == 0
+    assert not [url for url in asked if "/v1/attention" in url]
+    assert page.locator(".error:visible").count() == 0
+    assert complaints == []
+
+
 def test_a_server_that_is_gone_is_said_and_can_be_tried_again(page: Any) -> None:
     page.route("**/v1/**", lambda route: route.abort())
     choose(page, "again.jpg", encoded(picture(1), "JPEG"))

@@ -28,9 +28,11 @@ class FakeEncoder:
             fingerprint=fingerprint,
             architecture="fake/4",
             embedding_size=48,
+            copy_embedding_size=96,
             input_size=16,
             patch_size=4,
             heads=2,
+            picture_mode="RGB",
             licence="CC0-1.0",
         )
         self.calls: list[tuple[Task, int]] = []

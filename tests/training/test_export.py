@@ -10,10 +10,10 @@ from PIL import Image
 from backbone.artifact import read_artifact
 from tests.training.conftest import TINY_RECIPE, command, finish, toml, write_pictures
 from training import export, pretrain, snapshot
-from training.config import load_recipe
+from training.config import load_recipe, recipe_from_dict, recipe_to_dict
 from training.distributed import World
 from training.evaluation.__main__ import main as evaluate
-from training.state import Training, make_training, restore
+from training.state import Training, make_network, make_training, restore
 
 OVERRIDES = ["epochs=2", "optimizer.lr=0.5"]
 
@@ -95,6 +95,28 @@ def test_half_precision_halves_the_file(
     ours, theirs = (read_artifact(p).network()(pictures).cls for p in (half, model))
     assert not torch.equal(ours, theirs)
     assert torch.nn.functional.cosine_similarity(ours, theirs).min() > 0.9999
+
+
+def test_a_grey_convnet_in_half_precision(tmp_path: Path) -> None:
+    """BatchNorm's statistics stay as they are, and the pictures' mean goes along."""
+    table = {
+        **TINY_RECIPE,
+        "data": {"train": ["none"], "channels": 1, "mean": [0.4], "std": [0.2]},
+        "model": {"architecture": "mobilenet_v3_small"},
+    }
+    recipe = recipe_from_dict(table)
+    teacher = make_network(recipe, student=False)
+    teacher.backbone.train()(torch.randn(4, 1, 32, 32))
+    state = {"teacher": teacher.state_dict(), "student": {}, "recipe": recipe_to_dict(recipe)}
+    snapshot.save(tmp_path, 1, {**state, "step": 1})
+    assert export.main([str(tmp_path), str(tmp_path / "half.safetensors"), "--half"]) == 0
+    artifact = read_artifact(tmp_path / "half.safetensors")
+    assert (artifact.preprocess.mean, artifact.preprocess.std) == ((0.4,), (0.2,))
+    assert artifact.architecture.name == "mobilenet_v3_small"
+    exact = teacher.backbone.state_dict()
+    for name, tensor in artifact.weights.items():
+        is_buffer = name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+        assert torch.equal(tensor, exact[name] if is_buffer else exact[name].half())
 
 
 def test_sizes_and_quality_go_into_the_header(run_dir: Path, tmp_path: Path) -> None:
