@@ -300,9 +300,10 @@ class Recipe:
             architecture = self.architecture
         except ValueError as error:
             raise ConfigError(f"model and crops.global_size: {error}") from error
-        local = self.crops.local_size
-        rule = f"must hold a patch, model.patch_size = {architecture.patch_size}"
-        require(local >= architecture.patch_size, "crops.local_size", local, rule)
+        try:
+            architecture.check_side("crops.local_size", self.crops.local_size)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         warmup = self.optimizer.warmup_epochs
         rule = f"must be fewer than epochs = {self.epochs}"
         require(warmup < self.epochs, "optimizer.warmup_epochs", warmup, rule)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbone.vit import VisionTransformer
+from backbone.architectures import Backbone
 from training.distributed import all_reduce_sum
 from training.sharding import is_sharded, local
 
@@ -103,7 +103,7 @@ class WeightNormLinear(nn.Module):
 class Network(nn.Module):
     """Backbone and head: what the student and the teacher each are."""
 
-    def __init__(self, backbone: VisionTransformer, head: ProjectionHead) -> None:
+    def __init__(self, backbone: Backbone, head: ProjectionHead) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head

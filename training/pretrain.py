@@ -66,11 +66,13 @@ def pretrain(recipe: Recipe, here: World) -> None:
     stop = recipe.epochs * plan.steps_per_epoch
 
     torch.manual_seed(recipe.seed)  # the same weights on every rank
-    training = make_training(recipe, here)
+    found_snapshot = snapshot.latest(run_dir)
+    fresh = found_snapshot is None
+    training = make_training(recipe, here, initial=fresh and bool(recipe.init_from))
     scale = {"pictures": plan.count, "processes": here.size}
     start = 0
-    if found := snapshot.latest(run_dir):
-        start, path = found
+    if found_snapshot is not None:
+        start, path = found_snapshot
         restore(training, snapshot.load(path, here.device), recipe=recipe, scale=scale)
     check_agreement(start, plan.count, here)
 
@@ -255,8 +257,9 @@ def announce(
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "recipe.json").write_text(json.dumps(recipe_to_dict(recipe), indent=2) + "\n")
     weights = sum(p.numel() for p in training.student.parameters())
+    patch = f"/{recipe.model.patch_size}" if recipe.architecture.has_attention else ""
     print(
-        f"{recipe.model.architecture}/{recipe.model.patch_size}, {weights / 1e6:.1f}M parameters "
+        f"{recipe.model.architecture}{patch}, {weights / 1e6:.1f}M parameters "
         f"with the head; {pictures} pictures; {here.size} process(es) on {here.device.type}, "
         f"batch {recipe.batch_size} each; steps {start} to {stop}; run folder {run_dir}",
         file=sys.stderr,

@@ -1,6 +1,7 @@
 """All that moves in a run: how it is made from a recipe, and how it goes to disk and back."""
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from training import snapshot
 from training.config import ConfigError, Recipe, recipe_to_dict
 from training.dino import Network, ProjectionHead, make_teacher
 from training.distributed import World
+from training.initial import load_initial
 from training.loss import DinoLoss
 from training.optimizers import make_optimizer
 from training.precision import LossScale, autocast_dtype
@@ -52,14 +54,22 @@ class Training:
         yield
 
 
-def make_training(recipe: Recipe, here: World) -> Training:
+def make_training(recipe: Recipe, here: World, *, initial: bool = False) -> Training:
     """Student and teacher (equal at the start), loss and optimizer, on this process's device.
+
+    Args:
+        initial: starts from the weights that `init_from` names.
 
     Raises:
         ConfigError: what the recipe asks for does not exist on this device or with this many
             processes.
     """
-    student = make_network(recipe, student=True).to(here.device)
+    student = make_network(recipe, student=True)
+    if initial:
+        taken = load_initial(recipe.init_from, student.backbone, student.head)
+        if here.is_main:
+            print(f"init_from: {taken}", file=sys.stderr)
+    student = student.to(here.device)
     teacher = make_teacher(student, make_network(recipe, student=False).to(here.device))
     if here.size > 1 and any(
         isinstance(m, nn.modules.batchnorm._BatchNorm) for m in student.modules()

@@ -193,8 +193,8 @@ def test_two_processes_do_what_one_does(run: Run, run_dir: Path) -> None:
         two, one = ([float(r[column]) for r in log_rows(d)] for d in (run_dir, run.run_dir))
         assert two == pytest.approx(one, rel=1e-4), column
     two, one = final_state(run_dir), final_state(run.run_dir)
-    for part in ("loss", "teacher"):
-        torch.testing.assert_close(two[part], one[part], rtol=1e-4, atol=1e-6)
+    for part in ("loss", "teacher"):  # to 1e-5: AdamW makes the key bias of rounding noise
+        torch.testing.assert_close(two[part], one[part], rtol=1e-4, atol=1e-5)
 
 
 def test_a_finished_run_is_left_as_it_is(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,264 @@
+"""The project's training against a textbook implementation of the same method, in one run.
+
+    python benchmarks/training.py [--json]
+    python benchmarks/training.py --device cuda --architecture vit_small --global-size 224 \
+        --local-size 96 --locals 8 --batch 64 --data my/pictures
+
+Both train the same network with the same K, crops, batch and precision: first on tensors that are
+ready (`step_ratio`), then from JPEG files (`end_to_end_ratio`), with the same number of worker
+processes. Rounds of the two alternate, and each is told by its fastest round, so that what else
+the machine does weighs on neither. `textbook_dino.py` says what the textbook is. The defaults are
+ViT-Ti/16 at 64 pixels, 2 + 6 crops, K = 65536.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from textbook_dino import MultiCrop, Textbook, Vit, loader
+from torch import Tensor
+
+from backbone.architectures import VITS
+from training import data
+from training.config import Recipe, recipe_from_dict
+from training.distributed import World, choose_device
+from training.plan import Plan
+from training.precision import autocast_dtype
+from training.pretrain import Rates, train_step
+from training.state import make_training
+
+RATES = Rates(
+    lr=1e-4,
+    weight_decay=0.04,
+    teacher_momentum=0.996,
+    teacher_temperature=0.04,
+    last_layer_frozen=False,
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
+    parser.add_argument("--architecture", default="vit_tiny", choices=sorted(VITS))
+    parser.add_argument("--patch", type=int, default=16)
+    parser.add_argument("--global-size", type=int, default=64)
+    parser.add_argument("--local-size", type=int, default=32)
+    parser.add_argument("--locals", type=int, default=6)
+    parser.add_argument("--k", type=int, default=65536)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=3, help="in a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--compile", action="store_true", help="ours with compiled blocks")
+    parser.add_argument("--data", type=Path, help="a folder of JPEG files; made where left out")
+    parser.add_argument("--only-ready", action="store_true", help="leave out the files")
+    parser.add_argument("--profile", action="store_true", help="where our step's time goes")
+    parser.add_argument("--peak-tflops", type=float, help="of the device, to tell our share of it")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    device = choose_device(options.device)
+    torch.manual_seed(0)
+    with contextlib.ExitStack() as stack:
+        files: list[Path] = []
+        if not options.only_ready:
+            folder = options.data
+            if folder is None:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                write_pictures(folder, count=4 * options.batch, side=options.global_size)
+            files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
+        found = compare(options, device, files)
+    if options.json:
+        print(json.dumps(found))
+
+
+def compare(options: argparse.Namespace, device: torch.device, files: list[Path]) -> dict[str, Any]:
+    recipe = recipe_of(options, files)
+    ours = Ours(recipe, device)
+    shape, drop = VITS[options.architecture], recipe.model.drop_path_rate
+
+    def backbone(rate: float) -> Vit:
+        sizes = (options.global_size, options.patch, shape.embed_dim, shape.depth, shape.num_heads)
+        return Vit(*sizes, rate)
+
+    textbook = Textbook(
+        backbone,
+        shape.embed_dim,
+        k=options.k,
+        crops=2 + options.locals,
+        drop_path=drop,
+        device=device,
+        dtype=autocast_dtype(options.precision, device),
+    )
+    found: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "precision": str(autocast_dtype(options.precision, device) or torch.float32),
+        "settings": {k: v for k, v in vars(options).items() if k not in ("json", "data")},
+    }
+    sides = [options.global_size] * 2 + [options.local_size] * options.locals
+    crops = [torch.randn(options.batch, 3, side, side, device=device) for side in sides]
+    steps = {"textbook": lambda: textbook.step(crops), "ours": lambda: ours.step(crops)}
+    found["ready"] = race(options, device, {k: forever(f) for k, f in steps.items()})
+    found["step_ratio"] = ratio(found["ready"])
+    say(options, "ready tensors", found["ready"], found["step_ratio"])
+    if options.peak_tflops:
+        rate = found["ready"]["ours"]["images_per_s"]
+        share = flops(ours, crops) / options.batch * rate / (options.peak_tflops * 1e12)
+        found["share_of_peak"] = share
+        print(f"our share of the device's peak: {share:.1%}", file=sys.stderr)
+    if options.profile:
+        profile(lambda: ours.step(crops), device)
+    if files:
+        multi_crop = MultiCrop(
+            files, size=options.global_size, local=options.local_size, count=options.locals
+        )
+        feeds = {
+            "textbook": textbook_feed(textbook, multi_crop, options, device),
+            "ours": ours.feed(options.batch),
+        }
+        found["end_to_end"] = race(options, device, feeds)
+        found["end_to_end_ratio"] = ratio(found["end_to_end"])
+        say(options, "from JPEG files", found["end_to_end"], found["end_to_end_ratio"])
+    return found
+
+
+def recipe_of(options: argparse.Namespace, files: list[Path]) -> Recipe:
+    table = {
+        "device": options.device,
+        "precision": options.precision,
+        "compile": options.compile,
+        "epochs": 1000,
+        "batch_size": options.batch,
+        "data": {"train": [str(f) for f in {f.parent for f in files}] or ["none"],
+                 "workers": options.workers},
+        "model": {"architecture": options.architecture, "patch_size": options.patch},
+        "head": {"out_dim": options.k},
+        "crops": {"global_size": options.global_size, "local_size": options.local_size,
+                  "local_count": options.locals},
+    }  # fmt: skip
+    return recipe_from_dict(table)
+
+
+class Ours:
+    """The project's own training, as `training.pretrain` runs it."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self.recipe = recipe
+        self.world = World(0, 1, device)
+        self.training = make_training(recipe, self.world)
+
+    def step(self, crops: list[Tensor]) -> None:
+        train_step(self.training, [crops], RATES)
+
+    def feed(self, batch: int) -> Iterator[None]:
+        """One step from files each time."""
+        recipe, device = self.recipe, self.world.device
+        source = data.open_source(recipe.data, Path(), self.world)
+        count = data.picture_count(source)
+        plan = Plan(count=count, batch_size=batch, world=self.world, seed=0)
+        batches = data.crop_loader(
+            source, plan, recipe.data, recipe.crops, start=0, stop=10**6, device=device
+        )
+        for each in batches:
+            self.step(data.to_crops(each, source, recipe.data, recipe.crops, device))
+            yield
+
+
+def textbook_feed(
+    textbook: Textbook, dataset: MultiCrop, options: argparse.Namespace, device: torch.device
+) -> Iterator[None]:
+    while True:
+        for crops in loader(dataset, batch=options.batch, workers=options.workers):
+            textbook.step([crop.to(device, non_blocking=True) for crop in crops])
+            yield
+
+
+def forever(step: Callable[[], Any]) -> Iterator[None]:
+    while True:
+        step()
+        yield
+
+
+def race(
+    options: argparse.Namespace, device: torch.device, runners: dict[str, Iterator[None]]
+) -> dict[str, dict[str, float]]:
+    """Images/s and peak memory of each, by its fastest round; one round of each in turn."""
+    best = dict.fromkeys(runners, float("inf"))
+    peak = dict.fromkeys(runners, 0.0)
+    for turn in range(options.rounds + 1):  # the first warms up
+        for name, runner in runners.items():
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            before = time.perf_counter()
+            for _ in range(options.steps):
+                next(runner)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                peak[name] = max(peak[name], torch.cuda.max_memory_allocated() / 2**20)
+            if turn:
+                best[name] = min(best[name], time.perf_counter() - before)
+    return {
+        name: {
+            "images_per_s": options.steps * options.batch / best[name],
+            **({"peak_mib": peak[name]} if device.type == "cuda" else {}),
+        }
+        for name in runners
+    }
+
+
+def ratio(found: dict[str, dict[str, float]]) -> float:
+    return found["ours"]["images_per_s"] / found["textbook"]["images_per_s"]
+
+
+def say(options: argparse.Namespace, title: str, found: dict[str, Any], times: float) -> None:
+    rates = ", ".join(f"{k} {v['images_per_s']:.1f} images/s" for k, v in found.items())
+    print(f"{title}: {rates}; ratio {times:.2f}", file=sys.stderr if options.json else sys.stdout)
+
+
+def flops(ours: Ours, crops: list[Tensor]) -> float:
+    """Of one step: the framework's own count of its matrix products."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        ours.step(crops)
+    return float(counter.get_total_flops())
+
+
+def profile(step: Callable[[], Any], device: torch.device) -> None:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        step()
+    key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    print(profiler.key_averages().table(sort_by=key, row_limit=25), file=sys.stderr)
+
+
+def write_pictures(folder: Path, *, count: int, side: int) -> None:
+    """JPEG files with shapes at several scales, a little larger than the global crops."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        picture = np.zeros((side * 2, side * 2, 3))
+        for scale in (2, 5, 13, 31):
+            noise = rng.integers(0, 256, (scale, scale, 3), dtype=np.uint8)
+            large = Image.fromarray(noise).resize((side * 2, side * 2), Image.Resampling.BICUBIC)
+            picture += np.asarray(large, dtype=float) / 4
+        Image.fromarray(picture.astype(np.uint8)).save(folder / f"{i:05d}.jpg", quality=90)
+
+
+if __name__ == "__main__":
+    main()
