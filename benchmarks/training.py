@@ -25,10 +25,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from textbook_dino import MultiCrop, Textbook, Vit, loader
 from torch import Tensor
 
+# A script's own folder comes first in the path, and this file would stand for the package.
+sys.path[0] = str(Path(__file__).parents[1])
+
 from backbone.architectures import VITS
+from benchmarks.textbook_dino import MultiCrop, Textbook, Vit, loader
 from training import data
 from training.config import Recipe, recipe_from_dict
 from training.distributed import World, choose_device
