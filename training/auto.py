@@ -92,7 +92,8 @@ def out_dim(scale: Scale, _: Mapping[str, Any]) -> tuple[int, str]:
     """
     wished = 2 ** round(math.log2(max(1, scale.pictures / 16)))
     chosen = min(max(wished, 1024), 65536)
-    return chosen, f"{scale.pictures} pictures, about 16 to a dimension, within 1024 to 65536"
+    share = scale.pictures / chosen
+    return chosen, f"{share:.3g} of {scale.pictures} pictures to a dimension, near 16 wished"
 
 
 def teacher_momentum(scale: Scale, _: Mapping[str, Any]) -> tuple[float, str]:

@@ -111,7 +111,7 @@ def test_each_choice_is_told_in_a_line_with_its_reason(path: Path) -> None:
     keys = [f"{name}.{key}" for name, several in AUTOS.items() for key in several]
     assert sorted(line.partition(" = ")[0] for line in said) == sorted(keys)
     assert said[0] == (
-        "head.out_dim = 1024 (auto): 5000 pictures, about 16 to a dimension, within 1024 to 65536"
+        "head.out_dim = 1024 (auto): 4.88 of 5000 pictures to a dimension, near 16 wished"
     )
     assert all("\n" not in line and "(auto): " in line for line in said)
 
