@@ -1,7 +1,10 @@
 import os
+import subprocess
+from pathlib import Path
 
 import pytest
 
+from tests.training.conftest import ROOT
 from training.config import ConfigError
 from training.distributed import Place, place, world
 from training.slurm import SlurmTask, expand_hosts, slurm_task
@@ -97,3 +100,28 @@ def test_place_of_torchrun_goes_before_slurm(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(ConfigError, match="WORLD_SIZE"):
         place()
+
+
+@pytest.mark.parametrize(
+    ("status", "requeued"), [(0, False), (2, False), (138, True), (140, True), (143, False)]
+)
+def test_the_batch_script_queues_itself_again_when_its_time_is_up(
+    tmp_path: Path, status: int, requeued: bool
+) -> None:
+    for name, code in (("srun", status), ("scontrol", 0)):
+        stub = tmp_path / name
+        stub.write_text(f'#!/bin/sh\nprintf "%s\\n" {name} "$@" >> {tmp_path}/said\nexit {code}\n')
+        stub.chmod(0o755)
+    script = ROOT / "docs" / "slurm" / "pretrain.sbatch"
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "77",
+        "SLURM_CPUS_PER_TASK": "12",
+    }
+    arguments = ["bash", "-u", str(script), "a recipe.toml", "data.train=x"]
+    done = subprocess.run(arguments, env=environment, check=False)
+    assert done.returncode == status
+    said = (tmp_path / "said").read_text().splitlines()
+    assert said[:3] == ["srun", "--cpus-per-task=12", "--kill-on-bad-exit=0"]
+    assert said[4:8] == ["-m", "training.pretrain", "a recipe.toml", "data.train=x"]
+    assert said[8:] == (["scontrol", "requeue", "77"] if requeued else [])
