@@ -9,6 +9,9 @@
 The status is the shell's own, 128 + the signal's number, so that a batch script can tell a run
 that wants to be queued again from one that failed.
 
+SIGUSR2 is the better one for SLURM: some releases of NCCL take SIGUSR1 for themselves
+(NVIDIA/nccl, issue 704).
+
 torchrun hands SIGTERM and SIGINT on to its processes and kills them after `--shutdown-timeout`,
 30 seconds unless told otherwise; it then leaves with status 1 itself. It hands SIGUSR1 and SIGUSR2
 on only where `--signals-to-handle` names them, and dies of them elsewhere.
