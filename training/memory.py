@@ -72,7 +72,9 @@ def estimate(
     trained = sum(_bytes(p) for p in student.parameters() if p.requires_grad)
     count = _Count(_storages(student, teacher))
     with count, _OnGpu(autocast):
-        forward().backward()  # type: ignore[no-untyped-call]
+        # Not loss.backward(): that would be one call under _OnGpu, which is switched off within it,
+        # and blocks that are recomputed would be others than they were.
+        torch.autograd.backward(forward())
     student.zero_grad()
     held = {id(s): s.nbytes() for s in _storages(student, teacher)}
     return Memory(
