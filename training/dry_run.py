@@ -1,5 +1,6 @@
 """What a run would be, without running it: size, memory, schedules, and a batch of crops."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -8,6 +9,10 @@ from torch import Tensor, nn
 
 from training import memory
 from training.config import Recipe
+from training.distributed import World
+from training.loss import TEACHER_CROPS, LossTerms
+from training.precision import autocast_dtype
+from training.state import Training, make_training
 
 _BORDER_PX = 6
 _LABEL_PX = 16
@@ -16,55 +21,50 @@ _MIN_COLUMN_PX = 58  # a label's width
 
 def describe(
     recipe: Recipe,
-    *,
-    student: nn.Module,
-    teacher: nn.Module,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    here: World,
     rates: Callable[[int], Mapping[str, float]],
+    *,
     pictures: int,
     steps_per_epoch: int,
-    processes: int = 1,
-    autocast: torch.dtype | None = None,
 ) -> str:
     """Several lines: parameters, memory of each process, steps, and the schedules' values.
 
     Args:
         recipe: what is described.
-        student, teacher: networks on the meta device, called with a list of crops [B, C, H, W];
-            `teacher` needs no gradients.
-        loss: (student's outputs, teacher's outputs) -> a scalar, on the meta device.
+        here: the process that would run it; nothing is put on its device.
         rates: step -> the schedules' values by name, such as `pretrain.Rates.logged()`.
         pictures: in the data set.
         steps_per_epoch: optimizer steps.
-        processes: that share a step.
-        autocast: the precision of a step; None is fp32.
+
+    Raises:
+        ConfigError: what the recipe asks for does not exist.
     """
+    nowhere = torch.device("meta")
+    with nowhere:
+        alone = dataclasses.replace(recipe, compile=False)
+        training = make_training(alone, World(0, 1, nowhere))
     need = memory.estimate(
-        student,
-        teacher,
-        lambda: _meta_step(recipe, student, teacher, loss),
+        training.student,
+        training.teacher,
+        lambda: _loss(recipe, training),
         optimizer=recipe.optimizer.name,
-        autocast=autocast,
-        processes=processes,
+        autocast=autocast_dtype(recipe.precision, here.device),
     )
-    batch = recipe.batch_size * recipe.accumulation * processes
-    total = recipe.epochs * steps_per_epoch
+    batch = recipe.batch_size * recipe.accumulation * here.size
     accumulated = f" x {recipe.accumulation} forwards" if recipe.accumulation > 1 else ""
-    return "\n".join(
-        [
-            f"parameters  {_parameters(student)}",
-            f"memory      {_gib(need.total)} a process: student and teacher {_gib(need.weights)}, "
-            f"optimizer {_gib(need.optimizer)}, gradients and activations {_gib(need.step)}"
-            + (f", DDP {_gib(need.buckets)}" if need.buckets else "")
-            + " (an estimate; on CUDA leave a fifth above it)",
-            f"batch       {batch}: {recipe.batch_size} pictures x {processes} process(es)"
-            + accumulated,
-            f"steps       {pictures} pictures, {steps_per_epoch} steps an epoch, "
-            f"{recipe.epochs} epochs, {total} steps",
-            "",
-            schedule_table(recipe, rates, steps_per_epoch),
-        ]
-    )
+    total = recipe.epochs * steps_per_epoch
+    lines = [
+        f"parameters  {_parameters(training.student)}",
+        f"memory      {_gib(need.total)} a process: student and teacher {_gib(need.weights)}, "
+        f"optimizer {_gib(need.optimizer)}, gradients and activations {_gib(need.step)} "
+        "(an estimate; on CUDA leave a fifth above it)",
+        f"batch       {batch}: {recipe.batch_size} pictures x {here.size} process(es){accumulated}",
+        f"steps       {pictures} pictures, {steps_per_epoch} steps an epoch, "
+        f"{recipe.epochs} epochs, {total} steps",
+        "",
+        schedule_table(recipe, rates, steps_per_epoch),
+    ]
+    return "\n".join(lines)
 
 
 def schedule_table(
@@ -130,19 +130,17 @@ def _pictures(crop: Tensor, mean: Sequence[float], std: Sequence[float]) -> list
     return [Image.fromarray(each.permute(1, 2, 0).numpy()) for each in pixels]
 
 
-def _meta_step(
-    recipe: Recipe, student: nn.Module, teacher: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
-    def crop(side: int) -> Tensor:
-        shape = (recipe.batch_size, recipe.data.channels, side, side)
-        return torch.empty(shape, device="meta")
-
-    local_count, sizes = recipe.crops.local_count, recipe.crops
-    crops = [crop(sizes.global_size), crop(sizes.global_size)]
-    crops += [crop(sizes.local_size) for _ in range(local_count)]
+def _loss(recipe: Recipe, training: Training) -> Tensor:
+    """The loss of one forward on tensors without data."""
+    sizes = [recipe.crops.global_size] * TEACHER_CROPS
+    sizes += [recipe.crops.local_size] * recipe.crops.local_count
+    shape = (recipe.batch_size, recipe.data.channels)
+    crops = [torch.empty(*shape, size, size, device="meta") for size in sizes]
     with torch.no_grad():
-        target = teacher(crops[:2])
-    return loss(student(crops), target)
+        target = training.teacher(crops[:TEACHER_CROPS])
+    temperature = recipe.loss.teacher_temperature
+    terms: LossTerms = training.loss(training.student(crops), target, temperature)
+    return terms.loss
 
 
 def _parameters(student: nn.Module) -> str:

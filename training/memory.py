@@ -36,18 +36,16 @@ class Memory:
         weights: student and teacher, buffers included.
         optimizer: its states.
         step: gradients and activations together, at the moment when they are the most.
-        buckets: the copy of the gradients that DDP exchanges; 0 on one process.
     """
 
     weights: int
     optimizer: int
     step: int
-    buckets: int
 
     @property
     def total(self) -> int:
         """All of it, but the framework's own (0.5 to 1 GB on CUDA) and its allocator's waste."""
-        return self.weights + self.optimizer + self.step + self.buckets
+        return self.weights + self.optimizer + self.step
 
 
 def estimate(
@@ -57,9 +55,10 @@ def estimate(
     *,
     optimizer: str,
     autocast: torch.dtype | None,
-    processes: int = 1,
 ) -> Memory:
-    """The memory of one training step.
+    """The memory of one training step, on one process or on each of several that share it by DDP.
+
+    Parameters in shards (FSDP) take less than is told here.
 
     Args:
         student, teacher: networks on the meta device.
@@ -67,22 +66,29 @@ def estimate(
             that they are counted.
         optimizer: "adamw", "sgd" or "lars".
         autocast: the precision of the step; None is fp32.
-        processes: that share it by DDP; sharded parameters (FSDP) take less than is told here.
     """
     trained = sum(_bytes(p) for p in student.parameters() if p.requires_grad)
     count = _Count(_storages(student, teacher))
     with count, _OnGpu(autocast):
-        # Not loss.backward(): that would be one call under _OnGpu, which is switched off within it,
-        # and blocks that are recomputed would be others than they were.
-        torch.autograd.backward(forward())
+        _backward(forward())
     student.zero_grad()
     held = {id(s): s.nbytes() for s in _storages(student, teacher)}
     return Memory(
         weights=sum(held.values()),
         optimizer=OPTIMIZER_STATES[optimizer] * trained,
         step=count.peak,
-        buckets=trained if processes > 1 else 0,
     )
+
+
+def _backward(loss: Tensor) -> None:
+    """loss.backward() by the engine itself.
+
+    The method is a function to `_OnGpu`, which is switched off within each that it handles: blocks
+    that are recomputed would come out other than they were.
+    """
+    run = torch.autograd.Variable._execution_engine.run_backward
+    start = (torch.ones_like(loss),)
+    run((loss,), start, False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 class _Count(TorchDispatchMode):

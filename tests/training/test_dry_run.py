@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ from training import memory
 from training.augmentations import normalise
 from training.config import Recipe, recipe_from_dict
 from training.data import MultiCropDataset
-from training.dino import Network, make_teacher
+from training.distributed import World
 from training.dry_run import crop_sheet, describe, schedule_table
-from training.loss import DinoLoss
-from training.pretrain import make_network, rates_at
+from training.pretrain import rates_at
 from training.sources import open_pictures
+from training.state import Training, make_training
 
 SPE = 10  # steps an epoch
 
@@ -27,39 +28,24 @@ def recipe(**changes: Any) -> Recipe:
     return recipe_from_dict(table)
 
 
-def parts(of: Recipe, device: str) -> tuple[Network, Network, DinoLoss]:
+def made(of: Recipe, device: str) -> Training:
     with torch.device(device):
-        student = make_network(of, drop_path_rate=of.model.drop_path_rate)
-        teacher = make_teacher(student, make_network(of, drop_path_rate=0.0))
-        return student, teacher, DinoLoss(of.head.out_dim)
+        return make_training(of, World(0, 1, torch.device(device)))
 
 
 def rates(of: Recipe) -> Any:
     return lambda step: rates_at(step, SPE, of, batch=of.batch_size).logged()
 
 
-def described(of: Recipe, processes: int = 1) -> str:
-    student, teacher, loss = parts(of, "meta")
-    return describe(
-        of,
-        student=student,
-        teacher=teacher,
-        loss=lambda s, t: loss(s, t, 0.04).loss,
-        rates=rates(of),
-        pictures=43,
-        steps_per_epoch=SPE,
-        processes=processes,
-    )
-
-
 def test_a_run_is_described() -> None:
-    text = described(recipe(accumulation=3), processes=2)
-    backbone = sum(p.numel() for p in parts(recipe(), "meta")[0].backbone.parameters())
+    of = recipe(accumulation=3)
+    here = World(0, 2, torch.device("cpu"))
+    text = describe(of, here, rates(of), pictures=243, steps_per_epoch=SPE)
+    backbone = sum(p.numel() for p in made(of, "meta").student.backbone.parameters())
     assert f"backbone {backbone / 1e6:.2f}M + head " in text
     assert "batch       24: 4 pictures x 2 process(es) x 3 forwards" in text
-    assert "43 pictures, 10 steps an epoch, 4 epochs, 40 steps" in text
+    assert "243 pictures, 10 steps an epoch, 4 epochs, 40 steps" in text
     assert "GiB a process" in text
-    assert "DDP" in text
 
 
 def test_the_schedules_show_what_the_steps_will_have() -> None:
@@ -87,21 +73,21 @@ def sizes(of: Recipe) -> list[int]:
     return [of.crops.global_size] * 2 + [of.crops.local_size] * of.crops.local_count
 
 
+def forward(of: Recipe, training: Training, device: str) -> Tensor:
+    crops = [torch.zeros(of.batch_size, 3, size, size, device=device) for size in sizes(of)]
+    with torch.no_grad():
+        target = training.teacher(crops[:2])
+    return training.loss(training.student(crops), target, 0.04).loss
+
+
 def measured(of: Recipe) -> int:
     """The most bytes that one real step on the CPU holds at once, as PyTorch's profiler counts."""
-    student, teacher, loss = parts(of, "cpu")
-
-    def step() -> None:
-        crops = [torch.zeros(of.batch_size, 3, size, size) for size in sizes(of)]
-        with torch.no_grad():
-            target = teacher(crops[:2])
-        loss(student(crops), target, 0.04).loss.backward()
-
-    step()  # what is made once
-    student.zero_grad()
+    training = made(of, "cpu")
+    forward(of, training, "cpu").backward()  # what is made once
+    training.student.zero_grad()
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        step()
+        forward(of, training, "cpu").backward()
     results = profile.profiler.kineto_results  # type: ignore[union-attr]
     now = peak = 0
     for event in results.events():
@@ -112,27 +98,25 @@ def measured(of: Recipe) -> int:
 
 
 def estimated(of: Recipe, **options: Any) -> memory.Memory:
-    student, teacher, loss = parts(of, "meta")
-
-    def forward() -> Tensor:
-        with torch.device("meta"):
-            crops = [torch.empty(of.batch_size, 3, size, size) for size in sizes(of)]
-        with torch.no_grad():
-            target = teacher(crops[:2])
-        return loss(student(crops), target, 0.04).loss
-
-    found = memory.estimate(student, teacher, forward, **options)
-    assert all(p.grad is None for p in student.parameters())
+    training = made(of, "meta")
+    found = memory.estimate(
+        training.student, training.teacher, lambda: forward(of, training, "meta"), **options
+    )
+    assert all(p.grad is None for p in training.student.parameters())
     return found
+
+
+TOKENS = recipe(batch_size=6, crops={"global_size": 80, "local_size": 32})
 
 
 @pytest.mark.parametrize(
     "of",
     [
-        recipe(batch_size=6, crops={"global_size": 80, "local_size": 32}),
+        TOKENS,
         recipe(batch_size=32, head={"out_dim": 8192}, crops={"local_count": 0}),
+        dataclasses.replace(TOKENS, checkpoint_blocks=True),
     ],
-    ids=["tokens", "outputs"],
+    ids=["tokens", "outputs", "recomputed"],
 )
 def test_the_memory_is_what_a_real_step_takes(of: Recipe) -> None:
     found = estimated(of, optimizer="adamw", autocast=None)
@@ -140,14 +124,13 @@ def test_the_memory_is_what_a_real_step_takes(of: Recipe) -> None:
 
 
 def test_weights_states_and_precision_count() -> None:
-    of = recipe(batch_size=64, crops={"global_size": 80, "local_size": 32})
+    of = dataclasses.replace(TOKENS, batch_size=64)
     full = estimated(of, optimizer="adamw", autocast=None)
-    half = estimated(of, optimizer="sgd", autocast=torch.bfloat16, processes=2)
-    student = parts(of, "meta")[0]
+    half = estimated(of, optimizer="sgd", autocast=torch.bfloat16)
+    student = made(of, "meta").student
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     assert full.weights == half.weights == 2 * 4 * sum(p.numel() for p in student.parameters())
     assert (full.optimizer, half.optimizer) == (2 * 4 * trained, 4 * trained)
-    assert (full.buckets, half.buckets) == (0, 4 * trained)
     assert full.total == full.weights + full.optimizer + full.step
     assert 0.5 * full.step < half.step < 0.75 * full.step
 
