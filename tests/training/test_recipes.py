@@ -59,8 +59,6 @@ def test_there_are_recipes() -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_every_shipped_recipe_loads(recipe: Path) -> None:
-    if recipe.stem.startswith("resnet"):
-        pytest.importorskip("backbone.convnet")
     loaded = load_recipe(recipe, ["data.train=my/pictures"], lambda _: 30_000)
     assert loaded.data.train == ("my/pictures",)
     loaded.architecture.build()
@@ -105,8 +103,6 @@ def test_every_ablation_is_there() -> None:
 )
 def test_the_papers_recipes_make_the_papers_batches(name: str, batch: int, epochs: int) -> None:
     path = ROOT / "training" / "recipes" / f"{name}.toml"
-    if name.startswith("resnet"):
-        pytest.importorskip("backbone.convnet")
     recipe = load_recipe(path, ["data.train=x"])
     assert recipe.batch_size * recipe.accumulation * 16 == batch
     assert recipe.epochs == epochs
