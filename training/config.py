@@ -3,15 +3,15 @@
 The defaults are the original implementation's. `training.tables` reads; what stands here checks.
 """
 
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 from backbone.architectures import Architecture
 from backbone.preprocess import IMAGENET_MEAN, IMAGENET_STD
-from training.tables import ConfigError, build, override, plain, require
+from training import auto
+from training.tables import ConfigError, build, override, plain, read, require
 
 __all__ = ["ConfigError", "Recipe", "load_recipe", "recipe_from_dict", "recipe_to_dict"]
 
@@ -319,22 +319,42 @@ class Recipe:
         )
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a TOML file, then `key=value` overrides; see `training.tables.override`.
+def load_recipe(
+    path: Path,
+    overrides: Sequence[str] = (),
+    count: Callable[[Recipe], int] | None = None,
+    *,
+    processes: int = 1,
+    say: Callable[[str], object] | None = None,
+) -> Recipe:
+    """Reads a TOML file and those it is based on, then `key=value` overrides; see `tables`.
+
+    Args:
+        path: the file.
+        overrides: see `training.tables.override`.
+        count: the number of pictures of a recipe, which decides what "auto" becomes (see
+            `training.auto`); asked where a value is "auto" alone.
+        processes: that share a step, for the same.
+        say: is told each such choice with its reason, a line each.
 
     Raises:
-        ConfigError: a file that is missing or not TOML, an unknown key, an impossible value.
+        ConfigError: a file that is missing or not TOML, an unknown key, an impossible value; an
+            "auto" where it is not known, or without `count`.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"recipe {str(path)!r} does not exist") from error
-    except OSError as error:
-        raise ConfigError(f"recipe {str(path)!r} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {str(path)!r} is not TOML: {error}") from error
+    table = read(path)
     for each in overrides:
         override(table, each)
+    filled, keys = auto.stand_in(table)
+    recipe = recipe_from_dict(filled)
+    if not keys:
+        return recipe
+    if count is None:
+        rule = "is chosen by the number of pictures, which is not known here; write a value"
+        raise ConfigError(f"{keys[0]} = 'auto': {rule}")
+    table, lines = auto.settle(table, recipe, pictures=count(recipe), processes=processes)
+    if say is not None:
+        for line in lines:
+            say(line)
     return recipe_from_dict(table)
 
 

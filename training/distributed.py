@@ -4,12 +4,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from training.config import ConfigError
+from training.slurm import slurm_task
+from training.tables import ConfigError
 
 
 @dataclass(frozen=True)
@@ -39,31 +41,88 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+class Place(NamedTuple):
+    """Where the environment says that this process stands; see `place`."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+
+def place() -> Place:
+    """What torchrun, or SLURM's srun without it, tells this process; else it is the only one.
+
+    Raises:
+        ConfigError: variables that make no sense.
+    """
+    own = os.environ
+    if "RANK" in own:
+        found = [own.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+        if not all(value.isdigit() for value in found):
+            raise ConfigError(
+                f"RANK, WORLD_SIZE, LOCAL_RANK = {found}: must be whole numbers, as torchrun sets "
+                "them; unset RANK for one process"
+            )
+        return Place(*map(int, found))
+    if (task := slurm_task(own)) is not None:
+        return Place(task.rank, task.size, task.local_rank)
+    return Place(0, 1, 0)
+
+
 @contextmanager
 def world(device: str) -> Iterator[World]:
-    """Joins the processes that torchrun started (NCCL on CUDA, else gloo), and leaves at the end.
+    """Joins the processes that torchrun or srun started, and leaves at the end.
+
+    What is on the CPU travels by gloo, and what is on CUDA by NCCL.
 
     Args:
         device: see `choose_device`.
 
     Raises:
-        ConfigError: CUDA was asked for and is not there.
+        ConfigError: CUDA was asked for and is not there, or has fewer devices than processes;
+            or the launcher's variables make no sense.
     """
-    place = choose_device(device)
-    if place.type == "cuda":
-        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(place)
-    if "RANK" not in os.environ:
-        yield World(0, 1, place)
+    chosen = choose_device(device)
+    own = place()
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", _cuda_index(own.local_rank, torch.cuda.device_count()))
+        torch.cuda.set_device(chosen)
+    if "RANK" not in os.environ and own.size == 1:
+        yield World(0, 1, chosen)
         return
-    if place.type == "cuda":
-        dist.init_process_group("nccl", device_id=place)  # named, or NCCL guesses it and warns
-    else:
-        dist.init_process_group("gloo")
+    _join(chosen)
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), place)
+        yield World(dist.get_rank(), dist.get_world_size(), chosen)
     finally:
         dist.destroy_process_group()
+
+
+def _join(device: torch.device) -> None:
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    bound = device if device.type == "cuda" else None  # named, or NCCL guesses it and warns
+    task = None if "RANK" in os.environ else slurm_task(os.environ)
+    if task is None:
+        dist.init_process_group(backend, device_id=bound)
+        return
+    dist.init_process_group(
+        backend,
+        init_method=f"tcp://{task.address}:{task.port}",
+        rank=task.rank,
+        world_size=task.size,
+        device_id=bound,
+    )
+
+
+def _cuda_index(local_rank: int, devices: int) -> int:
+    """The device of a node's process; where a launcher shows each process one device, that one."""
+    if devices == 1 and "RANK" not in os.environ:
+        return 0
+    if local_rank >= devices:
+        raise ConfigError(
+            f"this node has at least {local_rank + 1} processes and {devices} CUDA devices; "
+            "start as many processes as devices"
+        )
+    return local_rank
 
 
 class Reduction:

@@ -11,6 +11,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -24,6 +25,29 @@ def require(holds: bool, key: str, value: object, rule: str) -> None:
     """Raises `ConfigError` unless the rule holds."""
     if not holds:
         raise ConfigError(f"{key} = {value!r}: {rule}")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The TOML file of a recipe, laid over the one that its key `base` names, if it has one.
+
+    `base` is a path relative to the file that names it, and may have a base itself. Tables are
+    merged key by key; anything else takes the place of what the base says.
+
+    Raises:
+        ConfigError: a file that is missing, cannot be read, is not TOML, or is its own base.
+    """
+    chain: list[Path] = []
+    table: dict[str, Any] = {}
+    while path.resolve() not in chain:
+        chain.append(path.resolve())
+        own = _toml(path)
+        base = own.pop("base", None)
+        table = _merged(own, table)
+        if base is None:
+            return table
+        require(isinstance(base, str), "base", base, f"must be a path, in {str(path)!r}")
+        path = path.parent / base
+    raise ConfigError(f"base = {base!r}: {str(path)!r} must not be its own base")
 
 
 def build(cls: type[T], table: Mapping[str, Any]) -> T:
@@ -123,3 +147,24 @@ def _keys(cls: type, prefix: str) -> list[str]:
         else:
             keys.append(f"{prefix}{key}")
     return keys
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"recipe {str(path)!r} does not exist") from error
+    except OSError as error:
+        raise ConfigError(f"recipe {str(path)!r} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {str(path)!r} is not TOML: {error}") from error
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            value = _merged(old, value)
+        merged[key] = value
+    return merged

@@ -3,10 +3,8 @@ from typing import Any
 
 import pytest
 
-from tests.training.conftest import ROOT, TINY_RECIPE, toml
+from tests.training.conftest import TINY_RECIPE, toml
 from training.config import ConfigError, Recipe, load_recipe, recipe_from_dict, recipe_to_dict
-
-RECIPES = sorted((ROOT / "training" / "recipes").rglob("*.toml"))
 
 
 @pytest.fixture
@@ -20,17 +18,6 @@ def refusal(path: Path, *overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
         load_recipe(path, ["data.train=pictures", *overrides])
     return str(caught.value)
-
-
-def test_there_are_recipes() -> None:
-    assert RECIPES
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
-def test_every_shipped_recipe_loads(recipe: Path) -> None:
-    loaded = load_recipe(recipe, ["data.train=my/pictures"])
-    assert loaded.data.train == ("my/pictures",)
-    loaded.architecture.build()
 
 
 def test_the_defaults_are_the_originals() -> None:
@@ -216,3 +203,42 @@ def test_the_recipe_tells_its_network() -> None:
     recipe: Recipe = recipe_from_dict(table)
     described = recipe.architecture
     assert (described.name, described.patch_size, described.image_size) == ("vit_tiny", 8, 16)
+
+
+def write(folder: Path, **files: str) -> Path:
+    for name, text in files.items():
+        (folder / f"{name}.toml").write_text(text)
+    return folder / "top.toml"
+
+
+def test_a_base_is_laid_under_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "bottom.toml").write_text(
+        "epochs = 7\nseed = 1\n[crops]\nlocal_count = 3\nglobal_scale = [0.3, 0.9]\n"
+    )
+    (tmp_path / "middle.toml").write_text(
+        'base = "bottom.toml"\nseed = 2\n[crops]\nlocal_size = 64\n'
+    )
+    top = tmp_path / "deep" / "top.toml"
+    top.write_text('base = "../middle.toml"\n[crops]\nlocal_count = 5\nglobal_scale = [0.2, 0.8]\n')
+    recipe = load_recipe(top, ["data.train=x", "optimizer.warmup_epochs=1"])
+    assert (recipe.epochs, recipe.seed) == (7, 2)
+    assert (recipe.crops.local_count, recipe.crops.local_size) == (5, 64)
+    assert recipe.crops.global_scale == (0.2, 0.8)
+    assert "base" not in recipe_to_dict(recipe)
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"top": 'base = "top.toml"'}, ["base = 'top.toml'", "its own base"]),
+        ({"top": 'base = "b.toml"', "b": 'base = "./top.toml"'}, ["./top.toml", "its own base"]),
+        ({"top": 'base = "nowhere.toml"'}, ["nowhere.toml", "does not exist"]),
+        ({"top": "base = 3"}, ["base = 3", "a path", "top.toml"]),
+        ({"top": 'base = "b.toml"', "b": "= 3"}, ["b.toml", "not TOML"]),
+        ({"top": 'base = "b.toml"', "b": "epoch = 3"}, ["unknown key 'epoch'"]),
+    ],
+)
+def test_a_base_that_cannot_be(tmp_path: Path, files: dict[str, str], words: list[str]) -> None:
+    said = refusal(write(tmp_path, **files))
+    assert all(word in said for word in words)
