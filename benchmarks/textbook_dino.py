@@ -229,5 +229,5 @@ class MultiCrop(Dataset[list[Tensor]]):
 def loader(dataset: MultiCrop, *, batch: int, workers: int) -> DataLoader[list[Tensor]]:
     return DataLoader(
         dataset, batch_size=batch, shuffle=True, num_workers=workers, drop_last=True,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0,
     )  # fmt: skip

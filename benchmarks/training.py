@@ -18,7 +18,8 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def main() -> None:
             folder = options.data
             if folder is None:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                write_pictures(folder, count=4 * options.batch, side=options.global_size)
+                write_pictures(folder, count=16 * options.batch, side=options.global_size)
             files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
         found = compare(options, device, files)
     if options.json:
@@ -113,7 +114,8 @@ def compare(options: argparse.Namespace, device: torch.device, files: list[Path]
     sides = [options.global_size] * 2 + [options.local_size] * options.locals
     crops = [torch.randn(options.batch, 3, side, side, device=device) for side in sides]
     steps = {"textbook": lambda: textbook.step(crops), "ours": lambda: ours.step(crops)}
-    found["ready"] = race(options, device, {k: forever(f) for k, f in steps.items()})
+    ready = {name: partial(forever, step) for name, step in steps.items()}
+    found["ready"] = race(options, device, ready, steps=options.steps)
     found["step_ratio"] = ratio(found["ready"])
     say(options, "ready tensors", found["ready"], found["step_ratio"])
     if options.peak_tflops:
@@ -127,11 +129,11 @@ def compare(options: argparse.Namespace, device: torch.device, files: list[Path]
         multi_crop = MultiCrop(
             files, size=options.global_size, local=options.local_size, count=options.locals
         )
-        feeds = {
-            "textbook": textbook_feed(textbook, multi_crop, options, device),
-            "ours": ours.feed(options.batch),
+        feeds: dict[str, Callable[[], Generator[None, None, None]]] = {
+            "textbook": lambda: textbook_feed(textbook, multi_crop, options, device),
+            "ours": lambda: ours.feed(options.batch),
         }
-        found["end_to_end"] = race(options, device, feeds)
+        found["end_to_end"] = race(options, device, feeds, steps=2 * options.steps)
         found["end_to_end_ratio"] = ratio(found["end_to_end"])
         say(options, "from JPEG files", found["end_to_end"], found["end_to_end_ratio"])
     return found
@@ -165,7 +167,7 @@ class Ours:
     def step(self, crops: list[Tensor]) -> None:
         train_step(self.training, [crops], RATES)
 
-    def feed(self, batch: int) -> Iterator[None]:
+    def feed(self, batch: int) -> Generator[None, None, None]:
         """One step from files each time."""
         recipe, device = self.recipe, self.world.device
         source = data.open_source(recipe.data, Path(), self.world)
@@ -181,42 +183,54 @@ class Ours:
 
 def textbook_feed(
     textbook: Textbook, dataset: MultiCrop, options: argparse.Namespace, device: torch.device
-) -> Iterator[None]:
+) -> Generator[None, None, None]:
+    batches = loader(dataset, batch=options.batch, workers=options.workers)
     while True:
-        for crops in loader(dataset, batch=options.batch, workers=options.workers):
+        for crops in batches:
             textbook.step([crop.to(device, non_blocking=True) for crop in crops])
             yield
 
 
-def forever(step: Callable[[], Any]) -> Iterator[None]:
+def forever(step: Callable[[], Any]) -> Generator[None, None, None]:
     while True:
         step()
         yield
 
 
 def race(
-    options: argparse.Namespace, device: torch.device, runners: dict[str, Iterator[None]]
+    options: argparse.Namespace,
+    device: torch.device,
+    runners: dict[str, Callable[[], Generator[None, None, None]]],
+    *,
+    steps: int,
 ) -> dict[str, dict[str, float]]:
-    """Images/s and peak memory of each, by its fastest round; one round of each in turn."""
+    """Images/s and peak memory of each, by its fastest round; one round of each in turn.
+
+    A round begins with steps that are not timed, as many as a loader's workers read ahead, so that
+    none of the timed ones finds its batch made while the clock stood still.
+    """
     best = dict.fromkeys(runners, float("inf"))
     peak = dict.fromkeys(runners, 0.0)
-    for turn in range(options.rounds + 1):  # the first warms up
-        for name, runner in runners.items():
+    for _ in range(options.rounds):
+        for name, start in runners.items():
             gc.collect()
+            runner = start()
+            for _ in range(1 if steps == options.steps else 2 * options.workers + 1):
+                next(runner)
             if device.type == "cuda":
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
             before = time.perf_counter()
-            for _ in range(options.steps):
+            for _ in range(steps):
                 next(runner)
             if device.type == "cuda":
                 torch.cuda.synchronize()
                 peak[name] = max(peak[name], torch.cuda.max_memory_allocated() / 2**20)
-            if turn:
-                best[name] = min(best[name], time.perf_counter() - before)
+            best[name] = min(best[name], time.perf_counter() - before)
+            runner.close()
     return {
         name: {
-            "images_per_s": options.steps * options.batch / best[name],
+            "images_per_s": steps * options.batch / best[name],
             **({"peak_mib": peak[name]} if device.type == "cuda" else {}),
         }
         for name in runners

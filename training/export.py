@@ -98,10 +98,12 @@ def teacher_artifact(
         SnapshotError: there is no usable snapshot in `run_dir`.
         ValueError: impossible sizes.
     """
-    found = snapshot.latest(run_dir)
+    found = snapshot.newest_good(run_dir)
     if found is None:
         raise snapshot.SnapshotError(f"{run_dir} holds no snapshot (snapshots/step_*.pt)")
-    state = snapshot.load(found[1])
+    for warning in found.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    state = found.state
     recipe = recipe_from_dict(state["recipe"])
     prefix = "backbone."
     weights = {

@@ -62,10 +62,10 @@ def _read(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The tensors of a backbone and of a head under their plain names; of the head maybe none."""
     path = Path(name)
     if path.is_dir() and name not in ("default", *DOWNLOADS):
-        found = snapshot.latest(path)
+        found = snapshot.newest_good(path)
         if found is None:
             raise _Misfit("this folder holds no snapshot (snapshots/step_*.pt)")
-        teacher: dict[str, Tensor] = snapshot.load(found[1])["teacher"]
+        teacher: dict[str, Tensor] = found.state["teacher"]
         return _below("backbone.", teacher), _below("head.", teacher)
     if path.is_file() and path.suffix != ".safetensors":
         return read_tensors(path)

@@ -11,92 +11,116 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from training import data, snapshot
+from training import data, resume, snapshot
 from training.bad_pictures import BadPictures
+from training.collapse import CollapseAlarm
 from training.config import ConfigError, Recipe, load_recipe, recipe_to_dict
 from training.dino import clip_each_gradient, drop_last_layer_gradient, update_teacher
-from training.distributed import World, all_gather_int, barrier, world
-from training.loss import TEACHER_CROPS, LossTerms
+from training.distributed import World, all_gather_int, place, world
+from training.dry_run import crop_sheet, describe
+from training.environment import write_environment
+from training.loss import TEACHER_CROPS, DinoLoss, LossTerms
 from training.monitors import Monitor, TrainingDiverged
 from training.optimizers import set_rates, skip_if
 from training.pictures_on_device import PicturesOnDevice
 from training.plan import Plan
 from training.precision import autocast
 from training.schedules import cosine, linear_warmup
+from training.shards import Shards
+from training.signals import StopRequest
 from training.skipped import IN_A_ROW, IN_A_ROW_FP16, SkippedSteps
 from training.sources import DataError
 from training.state import Training, make_training, restore, state_of
+from training.wandb_run import start_wandb
+from training.watch import Watch
+
+CPU = torch.device("cpu")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 2 for a recipe or data that cannot be used."""
+    """The command line; returns the exit status.
+
+    0 at the end of the run, 2 for a recipe or data that cannot be used, and 128 + the signal's
+    number for a run that was asked to stop and has written its snapshot.
+    """
     parser = argparse.ArgumentParser(prog="python -m training.pretrain", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("recipe", type=Path, help="a TOML file, see training/recipes/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. epochs=10")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print sizes, memory and schedules, draw a batch of crops, and train nothing",
+    )
     options = parser.parse_args(arguments)
     try:
-        recipe = load_recipe(options.recipe, options.overrides)
+        where = place()
+        recipe = load_recipe(
+            options.recipe,
+            options.overrides,
+            lambda found: data.picture_count(
+                data.open_source(found.data, Path(found.run_dir), World(0, 1, CPU))
+            ),
+            processes=where.size,
+            say=partial(print, file=sys.stderr) if where.rank == 0 else None,
+        )
         with world(recipe.device) as here:
-            pretrain(recipe, here)
+            if options.dry_run:
+                dry_run(recipe, here)
+                return 0
+            return pretrain(recipe, here)
     except (ConfigError, DataError, snapshot.SnapshotError, TrainingDiverged) as error:
         print(f"error: {data.one_line(error)}", file=sys.stderr)
         return 2
-    return 0
 
 
-def pretrain(recipe: Recipe, here: World) -> None:
-    """One whole run, or what is left of it."""
+def pretrain(recipe: Recipe, here: World) -> int:
+    """One whole run, or what is left of it; returns the exit status, see `main`."""
     run_dir = Path(recipe.run_dir)
     source = data.open_source(recipe.data, run_dir, here)
-    plan = Plan(
-        count=data.picture_count(source),
-        batch_size=recipe.batch_size,
-        accumulation=recipe.accumulation,
-        world=here,
-        seed=recipe.seed,
-    )
+    plan = make_plan(recipe, source, here)
+    watch = Watch(recipe, here, None if isinstance(source, Shards) else source)
     stop = recipe.epochs * plan.steps_per_epoch
 
+    found = resume.find(run_dir, here)
     torch.manual_seed(recipe.seed)  # the same weights on every rank
-    found_snapshot = snapshot.latest(run_dir)
-    fresh = found_snapshot is None
-    training = make_training(recipe, here, initial=fresh and bool(recipe.init_from))
+    training = make_training(recipe, here, initial=found is None and bool(recipe.init_from))
     scale = {"pictures": plan.count, "processes": here.size}
     start = 0
-    if found_snapshot is not None:
-        start, path = found_snapshot
-        restore(training, snapshot.load(path, here.device), recipe=recipe, scale=scale)
-    check_agreement(start, plan.count, here)
+    if found is not None:
+        start, state = found
+        restore(training, state, recipe=recipe, scale=scale)
+        del found, state
+    check_agreement(plan.count, here)
 
     if here.is_main:
         announce(recipe, here, training, pictures=plan.count, start=start, stop=stop)
-    loader = data.crop_loader(
-        source, plan, recipe.data, recipe.crops, start=start, stop=stop, device=here.device
-    )
+    if start == 0:
+        watch.begins(training.teacher.backbone)
     bad = BadPictures(run_dir, here)
     if isinstance(source, PicturesOnDevice):
         bad.saw(source)
-    limit = IN_A_ROW_FP16 if training.loss_scale else IN_A_ROW
-    skipped = SkippedSteps(run_dir, here, in_a_row=limit)
-    monitor = Monitor(
-        run_dir,
-        here,
-        start=start,
-        stop=stop,
-        batch_size=plan.pictures_per_step,
-        every=recipe.log_steps,
+    skipped = SkippedSteps(
+        run_dir, here, in_a_row=IN_A_ROW_FP16 if training.loss_scale else IN_A_ROW
     )
-    with monitor:
+    loader = data.crop_loader(
+        source, plan, recipe.data, recipe.crops, start=start, stop=stop, device=here.device
+    )
+    monitor = make_monitor(recipe, here, plan, start=start, stop=stop)
+    with StopRequest() as request, monitor:
         batches = iter(loader)
         for step in range(start, stop):
+            epoch, place_in_epoch = divmod(step, plan.steps_per_epoch)
+            ends_epoch = place_in_epoch + 1 == plan.steps_per_epoch
             with monitor.waiting():
                 loaded = list(islice(batches, plan.accumulation))
             for batch in loaded:
@@ -107,35 +131,104 @@ def pretrain(recipe: Recipe, here: World) -> None:
             ]
             # Drop paths, the only chance in a step, are drawn anew from it: resuming is exact.
             torch.manual_seed((recipe.seed * 1_000_003 + step) * here.size + here.rank)
-            epoch, place = divmod(step, plan.steps_per_epoch)
             rates = rates_at(step, plan.steps_per_epoch, recipe, batch=plan.pictures_per_step)
-            found_terms = train_step(
-                training, crops, rates, ends_epoch=place + 1 == plan.steps_per_epoch
-            )
-            skipped.saw(step, found_terms.skipped, [n for batch in loaded for n in batch.names])
-            figures = {**found_terms.terms._asdict(), "gradient_norm": found_terms.gradient_norm}
-            monitor.step(step, epoch, figures, rates.logged())
-            if (step + 1) % recipe.snapshot_steps == 0 or step + 1 == stop:
+            result = train_step(training, crops, rates, ends_epoch=ends_epoch)
+
+            skipped.saw(step, result.skipped, [n for batch in loaded for n in batch.names])
+            counts = {"skipped_steps": skipped.count, "bad_pictures": bad.count}
+            monitor.step(step, epoch, result.figures(training.loss), rates.logged(), counts)
+            last = step + 1 == stop
+            wanted = request.wanted() and not last
+            if ends_epoch:
+                with monitor.pausing():
+                    networks = {"student": training.student, "teacher": training.teacher}
+                    scores = watch.epoch_ends(
+                        step + 1, epoch, **{k: n.backbone for k, n in networks.items()}
+                    )
+                monitor.scalars(step + 1, scores)
+            if last or wanted or (step + 1) % recipe.snapshot_steps == 0:
                 skipped.look()
                 state = state_of(training, step=step + 1, recipe=recipe, scale=scale)
+                keep = recipe.keep_snapshots
+                resume.save(run_dir, step + 1, state, here, keep=keep, must=last or wanted)
+            if wanted:
                 if here.is_main:
-                    snapshot.save(run_dir, step + 1, state)
-                barrier()
+                    tqdm.write(
+                        f"{request.name}: stopped after step {step + 1}, which is saved; "
+                        "the same command goes on",
+                        file=sys.stderr,
+                    )
+                return request.status
+    return 0
 
 
-def check_agreement(start: int, pictures: int, here: World) -> None:
-    """Refuses to train where processes see different snapshots or pictures.
+def make_plan(recipe: Recipe, source: data.Source, here: World) -> Plan:
+    """Which pictures each step takes; raises `DataError` where they do not fill one."""
+    return Plan(
+        count=data.picture_count(source),
+        batch_size=recipe.batch_size,
+        accumulation=recipe.accumulation,
+        world=here,
+        seed=recipe.seed,
+    )
+
+
+def make_monitor(recipe: Recipe, here: World, plan: Plan, *, start: int, stop: int) -> Monitor:
+    """The run's log, with an alarm for collapse."""
+    run_dir = Path(recipe.run_dir)
+    warmup_steps = round(recipe.optimizer.warmup_epochs * plan.steps_per_epoch)
+    alarm = CollapseAlarm(recipe.head.out_dim, warmup_steps=warmup_steps, total_steps=stop)
+    return Monitor(
+        run_dir,
+        here,
+        start=start,
+        stop=stop,
+        batch_size=plan.pictures_per_step,
+        every=recipe.log_steps,
+        alarm=alarm if recipe.loss.kind == "cross_entropy" else None,
+        wandb=start_wandb(recipe.wandb_project, run_dir, recipe_to_dict(recipe), here),
+    )
+
+
+def check_agreement(pictures: int, here: World) -> None:
+    """Refuses to train where processes see different pictures.
 
     Raises:
-        SnapshotError: they do, on this process as on every other.
+        DataError: they do, on this process as on every other.
     """
-    for what, value in (("steps done", start), ("pictures", pictures)):
-        found = sorted(set(all_gather_int(value, here.device)))
-        if len(found) > 1:
-            raise snapshot.SnapshotError(
-                f"the processes do not agree on the {what}: {found}; run_dir and the pictures "
-                "must be the same on every node"
-            )
+    found = sorted(set(all_gather_int(pictures, here.device)))
+    if len(found) > 1:
+        raise DataError(
+            f"the processes do not agree on the number of pictures: {found}; data.train must be "
+            "the same on every node"
+        )
+
+
+def dry_run(recipe: Recipe, here: World) -> None:
+    """Tells what a run would be, and draws its first batch as `crops.png` in the run's folder."""
+    run_dir = Path(recipe.run_dir)
+    source = data.open_source(recipe.data, run_dir, here)
+    plan = make_plan(recipe, source, here)
+    loader = data.crop_loader(
+        source, plan, recipe.data, recipe.crops, start=0, stop=1, device=here.device
+    )
+    batch = next(iter(loader))
+    if not here.is_main:
+        return
+    per_epoch, whole = plan.steps_per_epoch, plan.pictures_per_step
+    print(
+        describe(
+            recipe,
+            here,
+            lambda step: rates_at(step, per_epoch, recipe, batch=whole).logged(),
+            pictures=plan.count,
+            steps_per_epoch=per_epoch,
+        )
+    )
+    crops = data.to_crops(batch, source, recipe.data, recipe.crops, here.device)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    crop_sheet(crops, recipe.data.mean, recipe.data.std).save(run_dir / "crops.png")
+    print(f"a batch of crops: {run_dir / 'crops.png'}")
 
 
 @dataclass(frozen=True)
@@ -195,6 +288,11 @@ class StepResult(NamedTuple):
     terms: LossTerms
     gradient_norm: Tensor
     skipped: Tensor
+
+    def figures(self, loss: DinoLoss) -> dict[str, Tensor]:
+        """What a log shows of it."""
+        norms = {"gradient_norm": self.gradient_norm, "center_norm": loss.center.norm()}
+        return {**self.terms._asdict(), **norms}
 
 
 def train_step(
@@ -256,6 +354,7 @@ def announce(
     run_dir = Path(recipe.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "recipe.json").write_text(json.dumps(recipe_to_dict(recipe), indent=2) + "\n")
+    write_environment(run_dir, here, start=start)
     weights = sum(p.numel() for p in training.student.parameters())
     patch = f"/{recipe.model.patch_size}" if recipe.architecture.has_attention else ""
     print(

@@ -179,7 +179,8 @@ def restore(
         SnapshotError: it was made by another recipe, or at another scale.
     """
     old = {**state["recipe"], **state.get("scale", scale)}
-    if changed := _changed(old, {**recipe_to_dict(recipe), **scale}):
+    free = _MAY_CHANGE - ({"data.workers"} if recipe.data.stream else set())
+    if changed := _changed(old, {**recipe_to_dict(recipe), **scale}, free):
         raise snapshot.SnapshotError(
             f"{recipe.run_dir} holds a run of another recipe: {'; '.join(changed)}; "
             "take the old values, or another run_dir"
@@ -208,19 +209,22 @@ _MAY_CHANGE = frozenset(
         "run_dir",
         "snapshot_steps",
         "strategy",
+        "wandb_project",
     }
 )
 
 
-def _changed(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+def _changed(
+    old: dict[str, Any], new: dict[str, Any], free: frozenset[str], prefix: str = ""
+) -> list[str]:
     found = []
     for key in sorted(old.keys() | new.keys()):
         name = f"{prefix}{key}"
         a, b = old.get(key), new.get(key)
-        if name in _MAY_CHANGE:
+        if name in free:
             continue
         if isinstance(a, dict) and isinstance(b, dict):
-            found += _changed(a, b, f"{name}.")
+            found += _changed(a, b, free, f"{name}.")
         elif a != b:
             found.append(f"{name} was {json.dumps(a)} and is {json.dumps(b)}")
     return found

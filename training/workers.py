@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from training.signals import shield_worker
+
 
 def worker_settings(workers: int) -> dict[str, Any]:
     """A `DataLoader`'s arguments for `workers` processes.
@@ -14,10 +16,11 @@ def worker_settings(workers: int) -> dict[str, Any]:
     return {
         "num_workers": workers,
         "multiprocessing_context": "fork" if workers else None,
-        "worker_init_fn": one_thread,
+        "worker_init_fn": start_worker,
     }
 
 
-def one_thread(_: int) -> None:
-    """For a loader's worker: leaves the cores to the other workers."""
+def start_worker(_: int) -> None:
+    """In a worker: leaves the cores to other workers, and signals to the process that trains."""
     torch.set_num_threads(1)
+    shield_worker()
