@@ -89,11 +89,6 @@ class OnlineKnn:
         self._kept: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._path = Path(recipe.run_dir) / "knn.csv"
 
-    def due(self, epochs_done: int) -> bool:
-        """Whether to measure after so many whole epochs: every few, and after the last."""
-        every = self._recipe.knn.every_epochs
-        return epochs_done > 0 and (epochs_done % every == 0 or epochs_done == self._recipe.epochs)
-
     @torch.inference_mode()
     def measure(
         self, step: int, epoch: int, backbones: Mapping[str, nn.Module]
