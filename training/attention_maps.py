@@ -119,12 +119,13 @@ def read_film(run_dir: Path) -> Film | None:
     for path in sorted(folder.glob("picture_*.png")):
         with Image.open(path) as picture:
             pictures.append(picture.convert("RGB"))
-    steps, epochs, maps = [], [], []
+    found = []
     for path in sorted(folder.glob("step_*.npz")):
         with np.load(path, allow_pickle=False) as content:
-            steps.append(int(path.stem.removeprefix("step_")))
-            epochs.append(int(content["epoch"]))
-            maps.append(content["maps"].astype(np.float32))
-    if not maps or not pictures:
+            step = int(path.stem.removeprefix("step_"))
+            found.append((step, int(content["epoch"]), content["maps"].astype(np.float32)))
+    if not found or not pictures:
         return None
-    return Film(pictures, steps, epochs, np.stack(maps))
+    newest = found[-1][2].shape  # older ones may be of another number of pictures
+    steps, epochs, maps = zip(*(each for each in found if each[2].shape == newest), strict=True)
+    return Film(pictures, list(steps), list(epochs), np.stack(maps))

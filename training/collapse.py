@@ -8,16 +8,16 @@ ln K where all are alike.
 import math
 from dataclasses import dataclass
 
-ROWS = 5  # a lasting pattern shows in so many rows in a row at least ...
-PATIENCE_STEPS = 100  # ... and over so many steps
+ROWS = 5  # that show a pattern one after another before it counts
 
 # Shares of ln K, from runs made to collapse, at K = 256 to 65536. Healthy runs start close to
-# uniform, with KL above .015 ln K and entropy below .98 ln K; runs without sharpening fall below
+# uniform, with KL above .01 ln K and entropy below .985 ln K; runs without sharpening fall below
 # the limits within 100 steps, and runs without centring below theirs within 150.
 _UNIFORM_KL = 0.002
 _UNIFORM_ENTROPY = 0.99
 _DOMINATED_LOSS = 0.05
-_STUCK = 0.02
+_STUCK_LOSS = 0.98
+_STUCK_KL = 0.004  # below it the student follows a teacher that says little: see `uniform`
 
 
 @dataclass
@@ -58,30 +58,38 @@ class CollapseAlarm:
         out_dim: K.
         warmup_steps: of the learning rate; a loss that stays at ln K is normal until then.
         total_steps: of the run; a loss is called stuck after a fifth of it, 1000 steps at most.
+        patience_steps: over which a collapse must show, in at least `ROWS` rows.
     """
 
-    def __init__(self, out_dim: int, *, warmup_steps: int = 0, total_steps: int = 5000) -> None:
+    def __init__(
+        self,
+        out_dim: int,
+        *,
+        warmup_steps: int = 0,
+        total_steps: int = 5000,
+        patience_steps: int = 100,
+    ) -> None:
         self._ceiling = math.log(out_dim)
         self._warmup_steps = warmup_steps
         self._dominated = _Pattern(
             "collapse, one output dimension dominates",
             "The centre does not keep up with the teacher: set loss.centering = true and "
             "loss.center_momentum = 0.9, raise loss.teacher_temperature, or lower optimizer.lr",
-            PATIENCE_STEPS,
+            patience_steps,
         )
         self._uniform = _Pattern(
             "collapse, all output dimensions are alike",
             "The teacher is not sharp enough: lower loss.teacher_temperature and "
             "loss.warmup_teacher_temperature (0.04 holds where 0.07 from the start does not), "
             "lengthen loss.warmup_teacher_epochs, or lower optimizer.lr",
-            PATIENCE_STEPS,
+            patience_steps,
         )
         self._stuck = _Pattern(
             "the loss stays at ln K, the student learns nothing",
             "Raise optimizer.lr (the rate used is lr x whole batch / 256), lower "
             "teacher.momentum (0.99 for runs of few steps), lower head.out_dim (for few "
             "pictures), or lower loss.teacher_temperature",
-            max(PATIENCE_STEPS, min(1000, total_steps // 5)),
+            max(patience_steps, min(1000, total_steps // 5)),
         )
 
     def see(self, step: int, entropy: float, kl: float) -> list[str]:
@@ -96,8 +104,8 @@ class CollapseAlarm:
             self._say(self._dominated, loss <= _DOMINATED_LOSS * ceiling, step, entropy, kl),
             self._say(self._uniform, uniform, step, entropy, kl),
         ]
-        near = abs(loss - ceiling) <= _STUCK * ceiling and step > self._warmup_steps
-        stuck = near and not self._uniform.shown  # which says the same, and why
+        far = loss >= _STUCK_LOSS * ceiling and kl >= _STUCK_KL * ceiling
+        stuck = far and step > self._warmup_steps
         said.append(self._say(self._stuck, stuck, step, entropy, kl))
         return [line for line in said if line]
 

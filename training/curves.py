@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 Values = npt.NDArray[np.float64]
 
@@ -59,8 +59,8 @@ def panel(
     from_zero: bool = True,
     top: float | None = None,
     marks: Sequence[int] = (),
-) -> bytes:
-    """A small picture of one or more curves over the steps, as SVG.
+) -> bytes | None:
+    """A small picture of one or more curves over the steps, as SVG; None where nothing is known.
 
     Args:
         title: with the unit.
@@ -70,16 +70,20 @@ def panel(
         top: a linear scale's end.
         marks: steps that get a red line: alarms.
     """
+    if not any(np.isfinite(line.y).any() for line in lines):
+        return None
     with mpl.rc_context(_STYLE):
         figure, axes = _axes(title, wide)
         for line in lines:
             _draw(axes, line)
         if log and any((line.y > 0).any() for line in lines):
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter(_plain)
         elif from_zero:
-            axes.set_ylim(bottom=0, top=top)
-        else:
-            axes.ticklabel_format(axis="y", useOffset=False)
+            empty = top is None and not any((line.y > 0).any() for line in lines)
+            axes.set_ylim(bottom=0, top=1 if empty else top)
         _mark(axes, marks)
         if any(line.label for line in lines):
             axes.legend(loc="best", ncols=2, handlelength=1.6)
@@ -125,11 +129,16 @@ def _axes(title: str, wide: bool) -> tuple[Figure, Axes]:
     axes.grid(axis="y")
     axes.set_axisbelow(True)
     axes.margins(x=0.01)
+    axes.yaxis.set_major_formatter(_plain)
     axes.xaxis.set_major_locator(MaxNLocator(6 if wide else 4, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if wide:
         axes.set_xlabel("step", loc="right", labelpad=1)
     return figure, axes
+
+
+def _plain(value: float, _: object) -> str:
+    return f"{value:g}"
 
 
 def _draw(axes: Axes, line: Line) -> None:

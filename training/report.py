@@ -121,11 +121,20 @@ def _cards(
 
 
 def _alarms(said: Sequence[str]) -> str:
+    """Every line of alarms.log, in red the alarms that nothing has cleared since."""
     if not said:
         return "<p class=good>No alarm: no sign of collapse so far.</p>"
+    lasting: dict[str, int] = {}
+    for i, line in enumerate(said):
+        _, kind, rest = line.split(": ", 2)
+        name = rest.split(" (")[0]
+        if kind == "ALARM":
+            lasting[name] = i
+        else:
+            lasting.pop(name, None)
     return "".join(
-        f"<p class={'bad' if ': ALARM: ' in line else 'over'}>{html.escape(line)}</p>"
-        for line in said
+        f"<p class={'bad' if i in lasting.values() else 'over'}>{html.escape(line)}</p>"
+        for i, line in enumerate(said)
     )
 
 
@@ -138,16 +147,11 @@ def _curves(
     def line(name: str, color: str = BLUE, scale: float = 1.0, label: str = "") -> Line:
         return Line(columns["step"], columns[name] * scale, label=label, color=color)
 
-    wide = [
+    wide: list[bytes | None] = [
         loss_panel(columns, math.log(settings["head"]["out_dim"]), marks),
         panel("KL(teacher, student) (nats); near 0: collapse", [line("kl", ORANGE)], marks=marks),
-    ]
-    if knn:
-        wide.append(panel("k-NN accuracy (%)", _knn_lines(knn)))
-    wide += [
-        panel(
-            "Teacher-student agreement (%)", [line("agreement", GREEN, 100)], top=100, marks=marks
-        ),
+        panel("k-NN accuracy (%)", _knn_lines(knn)),
+        panel("Teacher-student agreement (%)", [line("agreement", GREEN, 100)], top=100),
         panel("Gradient norm, before clipping", [line("gradient_norm")], log=True),
         panel("Norm of the centre", [line("center_norm")]),
     ]
@@ -169,8 +173,8 @@ def _curves(
         "" if knn else "<p>No k-NN curve: set <code>knn.train</code> and <code>knn.val</code>.</p>"
     )
     return (
-        f"<div class=wide>{''.join(map(_svg, wide))}</div>{note}"
-        f"<div class=small>{''.join(map(_svg, small))}</div>"
+        f"<div class=wide>{''.join(map(_svg, filter(None, wide)))}</div>{note}"
+        f"<div class=small>{''.join(map(_svg, filter(None, small)))}</div>"
     )
 
 
@@ -198,7 +202,10 @@ def _attention(film: Film | None) -> str:
     last = len(film.steps) - 1
     moments = sorted({round(i * last / (_MOMENTS - 1)) for i in range(_MOMENTS)})
     heads = film.maps.shape[2]
-    titles = ["untrained" if film.steps[t] == 0 else f"epoch {film.epochs[t] + 1}" for t in moments]
+    titles = [
+        f"epoch {film.epochs[t] + 1}, step {film.steps[t]:,}" if film.steps[t] else "untrained"
+        for t in moments
+    ]
     over_time, each_head = [], []
     for p, picture in enumerate(film.pictures[: film.maps.shape[1]]):
         shown = picture.resize((_TILE, _TILE), Image.Resampling.BICUBIC)
@@ -214,8 +221,12 @@ def _attention(film: Film | None) -> str:
 
 
 def _heat(attention: npt.NDArray[np.float32], picture: Image.Image) -> Image.Image:
-    """A map [h, w] over a darkened picture, the strongest patch brightest."""
-    values = Image.fromarray(attention / max(float(attention.max()), 1e-12))
+    """A map [h, w] over the greyed picture; white is the strongest patch, or 4 times the mean.
+
+    So a map that is almost even stays dark, instead of having its noise blown up.
+    """
+    white = max(float(attention.max()), 4 * float(attention.mean()), 1e-12)
+    values = Image.fromarray(attention / white)
     smooth = np.asarray(values.resize(picture.size, Image.Resampling.BICUBIC)).clip(0, 1)
     colours = mpl.colormaps["inferno"](smooth, bytes=True)[..., :3]
     grey = picture.convert("L").convert("RGB")
@@ -313,7 +324,7 @@ h3 { font-size: 14px; margin: 18px 0 6px; } p { margin: 8px 0; }
 .columns { columns: 2; column-gap: 28px; background: #fff; border: 1px solid #e3e7ea;
   border-radius: 8px; padding: 12px 16px; }
 .columns table { width: 100%; font-size: 13px; table-layout: fixed; }
-.columns th { text-align: left; font-weight: 400; color: #66717c; width: 45%; }
+.columns th { text-align: left; font-weight: 400; color: #66717c; width: 55%; }
 .columns th, .columns td { padding: 2px 0; vertical-align: top; overflow-wrap: anywhere; }
 .changed td, .changed th { font-weight: 600; color: #27313b; }
 @media (max-width: 800px) { .wide { grid-template-columns: 1fr; } .columns { columns: 1; }

@@ -9,6 +9,7 @@ from training.config import Recipe
 from training.distributed import World
 from training.online_knn import OnlineKnn
 from training.report import write_report
+from training.rows import read_rows
 from training.sources import Pictures
 
 
@@ -41,7 +42,7 @@ class Watch:
         Call it before the snapshot of the same step: a run that is killed in between does it again.
 
         Args:
-            step: the steps done; the log must have its row.
+            step: the steps done.
             student, teacher: their backbones.
 
         Returns:
@@ -55,6 +56,7 @@ class Watch:
         if last or (every and done % every == 0):
             if self._maps is not None:
                 self._maps.store(step, epoch, teacher)
-            if self._here.is_main:
-                write_report(Path(self._recipe.run_dir))
+            run_dir = Path(self._recipe.run_dir)
+            if self._here.is_main and read_rows(run_dir / "log.csv"):  # else nothing to draw yet
+                write_report(run_dir)
         return scores
