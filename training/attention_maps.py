@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from backbone.architectures import VITS, Architecture
+from backbone.architectures import Architecture
 from backbone.preprocess import Preprocess
 from training.config import Recipe
-from training.data import decode
+from training.decoding import decode
 from training.distributed import World
 from training.inspection import plain_backbone
 from training.sources import DataError, Pictures, every
@@ -45,7 +45,7 @@ def attention_maps(recipe: Recipe, pictures: Pictures, here: World) -> "Attentio
     None where there are none to follow: no pictures wanted or readable, a network without
     attention, or channels that picture files do not have.
     """
-    if recipe.model.architecture not in VITS or recipe.data.channels not in (1, 3, 4):
+    if not recipe.architecture.has_attention or recipe.data.channels not in (1, 3, 4):
         return None
     found = fixed_pictures(pictures, recipe.report.pictures)
     return AttentionMaps(recipe, found, here) if found else None

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from backbone.preprocess import Preprocess
 from training.augmentations import normalise
 from training.config import ConfigError, Recipe
-from training.data import decode, one_thread
+from training.decoding import decode
 from training.distributed import World, all_reduce_sum
 from training.evaluation.features import class_indices
 from training.evaluation.knn import classify
@@ -27,6 +27,7 @@ from training.inspection import plain_backbone
 from training.precision import autocast, autocast_dtype
 from training.rows import RowFile
 from training.sources import DataError, Pictures, class_labels, open_pictures
+from training.workers import worker_settings
 
 COLUMNS = ("step", "epoch", "network", "top1", "top5")
 _KEPT_BYTES = 2**30  # decoded pictures of a process that are kept between two evaluations
@@ -88,6 +89,11 @@ class OnlineKnn:
         self._keeps = crops <= _KEPT_BYTES
         self._kept: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._path = Path(recipe.run_dir) / "knn.csv"
+
+    @property
+    def asked(self) -> Pictures:
+        """The pictures of `knn.val`."""
+        return self._val.pictures
 
     @torch.inference_mode()
     def measure(
@@ -177,16 +183,13 @@ class OnlineKnn:
         if title in self._kept:
             yield from self._kept[title]
             return
-        views, workers = _Views(part, self._view, self._shape), self._recipe.data.workers
         loader = DataLoader(
-            views,
+            _Views(part, self._view, self._shape),
             batch_size=min(256, 4 * self._recipe.batch_size),
-            num_workers=workers,
-            multiprocessing_context="fork" if workers else None,  # tar files stay open in workers
             collate_fn=_collate,
             pin_memory=self._here.device.type == "cuda",
-            worker_init_fn=one_thread,
             generator=torch.Generator(),  # a loader draws seeds: not from the run's numbers
+            **worker_settings(self._recipe.data.workers),
         )
         unread: list[str] = []
         kept: list[tuple[Tensor, Tensor]] = []

@@ -18,7 +18,7 @@ class Watch:
 
     Args:
         pictures: those of the run, of which a few are looked at again and again; None where they
-            cannot be read one by one (a stream), which leaves attention maps out.
+            cannot be read one by one (a stream): those of `knn.val` are taken, if there are any.
 
     Raises:
         DataError, ConfigError: labelled pictures that cannot be used; see `OnlineKnn`.
@@ -27,6 +27,8 @@ class Watch:
     def __init__(self, recipe: Recipe, here: World, pictures: Pictures | None) -> None:
         self._recipe, self._here = recipe, here
         self._knn = OnlineKnn(recipe, here) if recipe.knn.train else None
+        if pictures is None and self._knn is not None:
+            pictures = self._knn.asked
         self._maps = None if pictures is None else attention_maps(recipe, pictures, here)
 
     def begins(self, teacher: nn.Module) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from backbone.architectures import Architecture
 from backbone.preprocess import Preprocess
 from tests.training.conftest import command, finish
 from tests.training.knn_process import backbones, recipe
@@ -14,6 +15,7 @@ from tests.training.tiny_runs import tiles
 from training.config import ConfigError
 from training.distributed import World
 from training.evaluation import knn
+from training.inspection import plain_backbone
 from training.online_knn import OnlineKnn
 from training.rows import read_rows
 from training.sources import DataError, open_pictures
@@ -100,6 +102,18 @@ def test_the_run_does_not_notice(folder: Path, workers: int) -> None:
     assert all(p.requires_grad and p.grad is None for p in found["student"].parameters())
     pictures = torch.randn(2, 3, 16, 16, requires_grad=True)
     found["student"](pictures).cls.sum().backward()  # no tensor was left in inference mode
+
+
+@pytest.mark.parametrize("name", ["vit_tiny", "resnet18"])
+def test_a_plain_backbone_gives_what_the_runs_own_would(name: str) -> None:
+    architecture = Architecture(name=name, patch_size=8, image_size=32)
+    torch.manual_seed(0)
+    backbone, pictures = architecture.build(drop_path_rate=0.5), torch.randn(3, 3, 32, 32)
+    backbone(pictures)  # moves a BatchNorm's averages
+    plain = plain_backbone(backbone, architecture, CPU.device)
+    assert backbone.training
+    with torch.inference_mode():
+        torch.testing.assert_close(plain(pictures).cls, backbone.eval()(pictures).cls)
 
 
 def test_damaged_pictures_are_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.training.conftest import TINY_RECIPE, command, finish, write_pictures
+from tests.training.conftest import TINY_RECIPE, write_pictures
 from tests.training.tiny_runs import tiles
 from training.attention_maps import attention_maps, fixed_pictures, read_film
 from training.collapse import CollapseAlarm
@@ -90,8 +90,11 @@ def svgs(page: Page) -> list[str]:
     return found
 
 
-def test_a_page_without_knn_and_attention_says_so(run_dir: Path) -> None:
+def test_a_page_without_knn_and_attention_says_so(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([str(run_dir)]) == 0
+    assert capsys.readouterr().out.strip() == str(run_dir / "report.html")
     page = Page(run_dir / "report.html")
     assert page.fetched == []
     assert len(svgs(page)) == 13
@@ -190,6 +193,9 @@ def test_nothing_to_follow(tmp_path: Path) -> None:
     assert attention_maps(recipe(tmp_path, report={"pictures": 0}), pictures, CPU) is None
     six = {"train": "x", "channels": 6}
     assert attention_maps(recipe(tmp_path, data=six), pictures, CPU) is None
+    model = {"architecture": "resnet18"}
+    crops = {"global_size": 64, "local_count": 0, "local_size": 32}
+    assert attention_maps(recipe(tmp_path, model=model, crops=crops), pictures, CPU) is None
 
 
 def test_a_folder_that_holds_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -267,8 +273,3 @@ def test_the_commit_is_the_repositorys_own(tmp_path: Path, monkeypatch: pytest.M
     assert environment(CPU)["commit"] == commit
     module.write_text("new")
     assert environment(CPU)["commit"] == f"{commit}+changes"
-
-
-def test_the_command_prints_the_page(run_dir: Path) -> None:
-    status, out, err = finish([*command("training.report"), str(run_dir)])
-    assert (status, out.strip(), err) == (0, str(run_dir / "report.html"), "")
