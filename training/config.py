@@ -262,6 +262,7 @@ class Recipe:
         log_steps: steps between two lines of the log.
         snapshot_steps: steps between two snapshots.
         keep_snapshots: how many of the newest are kept.
+        wandb_project: the Weights & Biases project to log to as well; "" for none.
     """
 
     data: Data
@@ -279,6 +280,7 @@ class Recipe:
     log_steps: int = 10
     snapshot_steps: int = 1000
     keep_snapshots: int = 2
+    wandb_project: str = ""
     model: Model = field(default_factory=Model)
     head: Head = field(default_factory=Head)
     crops: Crops = field(default_factory=Crops)
