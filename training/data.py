@@ -67,6 +67,13 @@ def picture_count(source: Source) -> int:
     return source.count if isinstance(source, Shards) else len(source.names)
 
 
+def at_random(source: Source) -> Pictures | None:
+    """The source's pictures, to be read one by one; None for a stream."""
+    if isinstance(source, Shards):
+        return None
+    return source.pictures if isinstance(source, PicturesOnDevice) else source
+
+
 def crop_loader(
     source: Source,
     plan: Plan,

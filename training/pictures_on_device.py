@@ -30,6 +30,7 @@ class PicturesOnDevice:
         progress: shows a bar of each pass.
 
     Attributes:
+        pictures: where they come from.
         names: of the pictures that are held.
         sizes: int64 [n, 2], their heights and widths, on the CPU.
         bad: name and reason of each picture that could not be read.
@@ -49,6 +50,7 @@ class PicturesOnDevice:
         free_bytes: int | None = None,
         progress: bool = True,
     ) -> None:
+        self.pictures = pictures
         count = len(pictures.names)
         bad: dict[int, str] = {}
         lengths = [0] * count

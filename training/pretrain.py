@@ -35,7 +35,6 @@ from training.pictures_on_device import PicturesOnDevice
 from training.plan import Plan
 from training.precision import autocast
 from training.schedules import cosine, linear_warmup
-from training.shards import Shards
 from training.signals import StopRequest
 from training.skipped import IN_A_ROW, IN_A_ROW_FP16, SkippedSteps
 from training.sources import DataError
@@ -88,7 +87,7 @@ def pretrain(recipe: Recipe, here: World) -> int:
     run_dir = Path(recipe.run_dir)
     source = data.open_source(recipe.data, run_dir, here)
     plan = make_plan(recipe, source, here)
-    watch = Watch(recipe, here, None if isinstance(source, Shards) else source)
+    watch = Watch(recipe, here, data.at_random(source))
     stop = recipe.epochs * plan.steps_per_epoch
 
     found = resume.find(run_dir, here)
