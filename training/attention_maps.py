@@ -75,7 +75,7 @@ class AttentionMaps:
             for crop in map(shown.centre_crop, pictures)
         ]
 
-    @torch.inference_mode()
+    @torch.no_grad()  # inference mode cannot put shards together
     def store(self, step: int, epoch: int, backbone: nn.Module) -> None:
         """Keeps the maps of `backbone` (the teacher's) after `step` steps; the run is untouched."""
         plain = plain_backbone(backbone, self._architecture, self._here.device)

@@ -86,7 +86,7 @@ def panel(
             axes.set_ylim(bottom=0, top=1 if empty else top)
         _mark(axes, marks)
         if any(line.label for line in lines):
-            axes.legend(loc="best", ncols=2, handlelength=1.6)
+            axes.legend(loc="best", ncols=2, handlelength=2.6)
         return _svg(figure)
 
 

@@ -95,7 +95,7 @@ class OnlineKnn:
         """The pictures of `knn.val`."""
         return self._val.pictures
 
-    @torch.inference_mode()
+    @torch.no_grad()  # inference mode cannot put shards together
     def measure(
         self, step: int, epoch: int, backbones: Mapping[str, nn.Module]
     ) -> dict[str, float]:

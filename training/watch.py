@@ -17,8 +17,8 @@ class Watch:
     """Measures and draws what the recipe's `knn` and `report` ask for; the run does not notice.
 
     Args:
-        pictures: those of the run, of which a few are looked at again and again; None where they
-            cannot be read one by one (a stream): those of `knn.val` are taken, if there are any.
+        pictures: the run's, of which a few are looked at again and again; None for a stream, which
+            cannot be read at random: those of `knn.val` are taken, if there are any.
 
     Raises:
         DataError, ConfigError: labelled pictures that cannot be used; see `OnlineKnn`.

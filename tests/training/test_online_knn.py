@@ -1,5 +1,6 @@
 import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import torch
 from backbone.architectures import Architecture
 from backbone.preprocess import Preprocess
 from tests.training.conftest import command, finish
-from tests.training.knn_process import backbones, recipe
+from tests.training.knn_process import backbones, networks, recipe
 from tests.training.tiny_runs import tiles
+from training.attention_maps import attention_maps, read_film
 from training.config import ConfigError
 from training.distributed import World
 from training.evaluation import knn
@@ -141,11 +143,16 @@ def test_what_cannot_be_used_is_refused_before_the_run(folder: Path) -> None:
         OnlineKnn(made, CPU)
 
 
-def test_processes_share_the_work_and_agree(folder: Path) -> None:
+def test_processes_with_weights_in_shards_share_the_work_and_agree(folder: Path) -> None:
     (folder / "val" / "class2" / "45.png").unlink()  # no even share
     (folder / "train" / "class2" / "33.png").unlink()
     made = recipe(folder)
-    one = OnlineKnn(made, CPU).measure(3, 0, backbones(made))
+    one = OnlineKnn(made, CPU).measure(3, 0, networks(made, CPU))
+    maps = attention_maps(made, open_pictures([folder / "train"]), CPU)
+    assert maps is not None
+    maps.store(3, 0, networks(made, CPU)["teacher"])
+    expected = read_film(folder / "run")
+    shutil.rmtree(folder / "run")
     launcher = command("torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m")
     status, _, err = finish([*launcher, "tests.training.knn_process", str(folder)])
     assert status == 0, err
@@ -153,3 +160,7 @@ def test_processes_share_the_work_and_agree(folder: Path) -> None:
     for rank in (0, 1):
         assert json.loads((folder / f"2.{rank}.json").read_text()) == pytest.approx(one)
     assert len(read_rows(folder / "run" / "knn.csv")) == 2
+    film = read_film(folder / "run")
+    assert film is not None
+    assert expected is not None
+    np.testing.assert_allclose(film.maps, expected.maps, rtol=2e-3)

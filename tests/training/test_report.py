@@ -4,6 +4,7 @@ import math
 import platform
 import shutil
 import subprocess
+import tarfile
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tests.training.tiny_runs import tiles
 from training.attention_maps import attention_maps, fixed_pictures, read_film
 from training.collapse import CollapseAlarm
 from training.config import Recipe, recipe_from_dict, recipe_to_dict
+from training.data import at_random, open_source
 from training.distributed import World
 from training.environment import environment, write_environment
 from training.monitors import COLUMNS
@@ -236,6 +238,22 @@ def test_an_epochs_end_measures_and_draws_what_is_due(tmp_path: Path) -> None:
     assert film is not None
     assert film.steps == [0, 2, 4]
     assert scores["knn/teacher_top1"] == 100.0  # asked for what it knows
+
+
+@pytest.mark.parametrize("kind", ["shards", "on_device", "none"])
+def test_sources_that_give_no_encoded_pictures(tmp_path: Path, kind: str) -> None:
+    write_pictures(tmp_path / "train" / "a", 2)
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        tar.add(tmp_path / "train", "train")
+    labelled = {"train": f"{tmp_path}/train", "val": f"{tmp_path}/train", "k": 1}
+    table = {"train": f"{tmp_path}/train", "workers": 0, "on_device": kind == "on_device"}
+    if kind != "on_device":
+        table |= {"train": f"{tmp_path}/shard.tar", "stream": True}
+    made = recipe(tmp_path / "run", data=table, knn={} if kind == "none" else labelled)
+    watch = Watch(made, CPU, at_random(open_source(made.data, tmp_path / "run", CPU)))
+    watch.begins(backbone(made))
+    film = read_film(tmp_path / "run")
+    assert (film is None) == (kind == "none")
 
 
 def test_the_environment_tells_what_a_run_was_made_with(tmp_path: Path) -> None:
