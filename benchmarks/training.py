@@ -4,21 +4,24 @@
     python benchmarks/training.py --device cuda --architecture vit_small --global-size 224 \
         --local-size 96 --locals 8 --batch 64 --data my/pictures
 
-Both train the same network with the same K, crops, batch and precision: first on tensors that are
-ready (`step_ratio`), then from JPEG files (`end_to_end_ratio`), with the same number of worker
-processes. Rounds of the two alternate, and each is told by its fastest round, so that what else
-the machine does weighs on neither. `textbook_dino.py` says what the textbook is. The defaults are
-ViT-Ti/16 at 64 pixels, 2 + 6 crops, K = 65536.
+Both train the same network with the same K, crops and batch: first on tensors that are ready
+(`step_ratio`), then from JPEG files (`end_to_end_ratio`), with the same number of worker processes.
+Ours runs in the precision that it chooses by itself, and the textbook in fp32 on a CPU and in bf16
+on CUDA; the `..._same_precision` ratios set both to the textbook's. Rounds alternate, and each is
+told by its fastest round, so that what else the machine does weighs on none. `textbook_dino.py`
+says what the textbook is. The defaults are ViT-Ti/16 at 64 pixels, 2 + 6 crops, K = 65536.
 """
 
 import argparse
 import contextlib
 import gc
 import json
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,9 @@ from training.precision import autocast_dtype
 from training.pretrain import Rates, train_step
 from training.state import make_training
 
+Steps = Generator[None, None, None]
+"""Does a step each time that it is asked for the next."""
+
 RATES = Rates(
     lr=1e-4,
     weight_decay=0.04,
@@ -54,7 +60,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
+    parser.add_argument(
+        "--precision", default="auto", choices=["auto", "fp32", "bf16"], help="ours"
+    )
+    parser.add_argument("--textbook-precision", default="", choices=["", "fp32", "bf16"])
     parser.add_argument("--architecture", default="vit_tiny", choices=sorted(VITS))
     parser.add_argument("--patch", type=int, default=16)
     parser.add_argument("--global-size", type=int, default=64)
@@ -62,7 +71,7 @@ def main() -> None:
     parser.add_argument("--locals", type=int, default=6)
     parser.add_argument("--k", type=int, default=65536)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--steps", type=int, default=3, help="in a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="ours with compiled blocks")
@@ -88,8 +97,13 @@ def main() -> None:
 
 
 def compare(options: argparse.Namespace, device: torch.device, files: list[Path]) -> dict[str, Any]:
+    theirs = options.textbook_precision or ("bf16" if device.type == "cuda" else "fp32")
     recipe = recipe_of(options, files)
+    own_dtype, their_dtype = (autocast_dtype(p, device) for p in (options.precision, theirs))
     ours = Ours(recipe, device)
+    competitors = {"ours": ours}
+    if own_dtype != their_dtype:
+        competitors["ours_same_precision"] = Ours(replace(recipe, precision=theirs), device)
     shape, drop = VITS[options.architecture], recipe.model.drop_path_rate
 
     def backbone(rate: float) -> Vit:
@@ -103,21 +117,27 @@ def compare(options: argparse.Namespace, device: torch.device, files: list[Path]
         crops=2 + options.locals,
         drop_path=drop,
         device=device,
-        dtype=autocast_dtype(options.precision, device),
+        dtype=their_dtype,
     )
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "precision": str(autocast_dtype(options.precision, device) or torch.float32),
+        "precision": {
+            "ours": str(own_dtype or torch.float32),
+            "textbook": str(their_dtype or torch.float32),
+        },
         "settings": {k: v for k, v in vars(options).items() if k not in ("json", "data")},
     }
     sides = [options.global_size] * 2 + [options.local_size] * options.locals
     crops = [torch.randn(options.batch, 3, side, side, device=device) for side in sides]
-    steps = {"textbook": lambda: textbook.step(crops), "ours": lambda: ours.step(crops)}
-    ready = {name: partial(forever, step) for name, step in steps.items()}
+    ready: dict[str, Callable[[], Steps]] = {
+        "textbook": partial(forever, lambda: textbook.step(crops))
+    }
+    for name, each in competitors.items():
+        ready[name] = partial(forever, partial(each.step, crops))
     found["ready"] = race(options, device, ready, steps=options.steps)
-    found["step_ratio"] = ratio(found["ready"])
-    say(options, "ready tensors", found["ready"], found["step_ratio"])
+    found |= ratios("step_ratio", found["ready"])
+    say(options, "ready tensors", found["ready"])
     if options.peak_tflops:
         rate = found["ready"]["ours"]["images_per_s"]
         share = flops(ours, crops) / options.batch * rate / (options.peak_tflops * 1e12)
@@ -129,13 +149,14 @@ def compare(options: argparse.Namespace, device: torch.device, files: list[Path]
         multi_crop = MultiCrop(
             files, size=options.global_size, local=options.local_size, count=options.locals
         )
-        feeds: dict[str, Callable[[], Generator[None, None, None]]] = {
-            "textbook": lambda: textbook_feed(textbook, multi_crop, options, device),
-            "ours": lambda: ours.feed(options.batch),
+        feeds: dict[str, Callable[[], Steps]] = {
+            "textbook": lambda: textbook_feed(textbook, multi_crop, options, device)
         }
+        for name, each in competitors.items():
+            feeds[name] = partial(each.feed, options.batch)
         found["end_to_end"] = race(options, device, feeds, steps=2 * options.steps)
-        found["end_to_end_ratio"] = ratio(found["end_to_end"])
-        say(options, "from JPEG files", found["end_to_end"], found["end_to_end_ratio"])
+        found |= ratios("end_to_end_ratio", found["end_to_end"])
+        say(options, "from JPEG files", found["end_to_end"])
     return found
 
 
@@ -167,7 +188,7 @@ class Ours:
     def step(self, crops: list[Tensor]) -> None:
         train_step(self.training, [crops], RATES)
 
-    def feed(self, batch: int) -> Generator[None, None, None]:
+    def feed(self, batch: int) -> Steps:
         """One step from files each time."""
         recipe, device = self.recipe, self.world.device
         source = data.open_source(recipe.data, Path(), self.world)
@@ -183,7 +204,7 @@ class Ours:
 
 def textbook_feed(
     textbook: Textbook, dataset: MultiCrop, options: argparse.Namespace, device: torch.device
-) -> Generator[None, None, None]:
+) -> Steps:
     batches = loader(dataset, batch=options.batch, workers=options.workers)
     while True:
         for crops in batches:
@@ -191,7 +212,7 @@ def textbook_feed(
             yield
 
 
-def forever(step: Callable[[], Any]) -> Generator[None, None, None]:
+def forever(step: Callable[[], Any]) -> Steps:
     while True:
         step()
         yield
@@ -200,7 +221,7 @@ def forever(step: Callable[[], Any]) -> Generator[None, None, None]:
 def race(
     options: argparse.Namespace,
     device: torch.device,
-    runners: dict[str, Callable[[], Generator[None, None, None]]],
+    runners: dict[str, Callable[[], Steps]],
     *,
     steps: int,
 ) -> dict[str, dict[str, float]]:
@@ -237,13 +258,22 @@ def race(
     }
 
 
-def ratio(found: dict[str, dict[str, float]]) -> float:
-    return found["ours"]["images_per_s"] / found["textbook"]["images_per_s"]
+def ratios(title: str, found: dict[str, dict[str, float]]) -> dict[str, float]:
+    textbook = found["textbook"]["images_per_s"]
+    same = found.get("ours_same_precision", found["ours"])
+    return {
+        title: found["ours"]["images_per_s"] / textbook,
+        f"{title}_same_precision": same["images_per_s"] / textbook,
+    }
 
 
-def say(options: argparse.Namespace, title: str, found: dict[str, Any], times: float) -> None:
-    rates = ", ".join(f"{k} {v['images_per_s']:.1f} images/s" for k, v in found.items())
-    print(f"{title}: {rates}; ratio {times:.2f}", file=sys.stderr if options.json else sys.stdout)
+def say(options: argparse.Namespace, title: str, found: dict[str, Any]) -> None:
+    textbook = found["textbook"]["images_per_s"]
+    rates = ", ".join(
+        f"{name} {each['images_per_s']:.1f} images/s ({each['images_per_s'] / textbook:.2f})"
+        for name, each in found.items()
+    )
+    print(f"{title}: {rates}", file=sys.stderr if options.json else sys.stdout)
 
 
 def flops(ours: Ours, crops: list[Tensor]) -> float:

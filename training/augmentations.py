@@ -8,17 +8,17 @@ run's seed, the epoch and the picture alone: not on workers, ranks or restarts.
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torchvision.transforms.v2.functional as tv
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
 from training.config import Crops
+from training.jitter import ADJUST
 
 Bytes = npt.NDArray[np.uint8]
 Picture = Image.Image | Sequence[Image.Image]
@@ -32,13 +32,6 @@ _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = 0.4, 0.4, 0.2, 0.1
 _P_FLIP, _P_JITTER, _P_GREY, _P_SOLARIZE = 0.5, 0.8, 0.2, 0.2
 _P_BLUR_FIRST, _P_BLUR_SECOND, _P_BLUR_LOCAL = 1.0, 0.1, 0.5
 _BLUR_RADIUS = (0.1, 2.0)
-
-_ADJUST: dict[str, Callable[[Image.Image, float], Image.Image]] = {
-    "brightness": tv.adjust_brightness,
-    "contrast": tv.adjust_contrast,
-    "saturation": tv.adjust_saturation,
-    "hue": tv.adjust_hue,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +162,7 @@ def _render(picture: Image.Image, view: View) -> Image.Image:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for operation, strength in view.jitter:
         if crop.mode == "RGB" or operation in ("brightness", "contrast"):
-            crop = _ADJUST[operation](crop, strength)
+            crop = ADJUST[operation](crop, strength)
     if view.grey and crop.mode == "RGB":
         crop = crop.convert("L").convert("RGB")
     if view.blur_radius is not None:

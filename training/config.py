@@ -252,7 +252,8 @@ class Recipe:
         accumulation: forwards per optimizer step; EMA, centre and schedules move once a step.
         seed: of weights, order and crops; the crops of a picture depend on nothing else.
         device: "auto", "cuda" or "cpu".
-        precision: "bf16" or "fp16" (autocast), "fp32", or "auto": bf16 on CUDA, fp32 on the CPU.
+        precision: "bf16" or "fp16" (autocast), "fp32", or "auto": bf16 where the device multiplies
+            it natively (CUDA, and processors with AVX512-BF16 or AMX), else fp32.
         strategy: how processes share the work: "ddp", "fsdp" (parameters in shards), or "auto":
             fsdp for vit_large, else ddp.
         compile: compiles each block with torch.compile.

@@ -194,19 +194,6 @@ class TrainingDiverged(ValueError):
     """The loss is not a finite number; what was saved before is."""
 
 
-def check_finite(loss: Tensor, step: int) -> None:
-    """Stops every process where the loss of any is not finite, before it reaches a snapshot.
-
-    Raises:
-        TrainingDiverged: with what may help.
-    """
-    if not bool(all_reduce_mean(loss.detach()).isfinite()):
-        raise TrainingDiverged(
-            f"the loss is not finite in step {step + 1}; the last snapshot is from before. Lower "
-            "optimizer.lr, lengthen optimizer.warmup_epochs, or take precision = 'fp32'"
-        )
-
-
 def _finite_means(values: Tensor) -> Tensor:
     """The means [F] of what is finite in values [steps, F]; NaN where nothing is."""
     finite = values.isfinite()

@@ -9,10 +9,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """What a recipe's `precision` means on `device`; None is fp32 throughout."""
+    """What a recipe's `precision` means on `device`; None is fp32 throughout.
+
+    "auto" is bf16 where the device multiplies it natively: CUDA, and processors with AVX512-BF16
+    or AMX, on which a step takes two thirds of its time in fp32 (docs/benchmarks.md).
+    """
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
+        precision = "bf16" if device.type == "cuda" or _cpu_multiplies_bf16() else "fp32"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
+
+
+def _cpu_multiplies_bf16() -> bool:
+    """Older versions of the framework cannot tell; the answer is no there."""
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 class LossScale(nn.Module):

@@ -68,7 +68,7 @@ def make_training(recipe: Recipe, here: World, *, initial: bool = False) -> Trai
     if initial:
         taken = load_initial(recipe.init_from, student.backbone, student.head)
         if here.is_main:
-            print(f"init_from: {taken}", file=sys.stderr)
+            print(taken, file=sys.stderr)
     student = student.to(here.device)
     teacher = make_teacher(student, make_network(recipe, student=False).to(here.device))
     if here.size > 1 and any(

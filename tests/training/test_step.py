@@ -12,7 +12,7 @@ from tests.training.conftest import TINY_RECIPE
 from training.config import ConfigError, recipe_from_dict
 from training.distributed import World
 from training.monitors import TrainingDiverged
-from training.precision import LossScale
+from training.precision import LossScale, autocast_dtype
 from training.pretrain import Rates, train_step
 from training.skipped import SkippedSteps
 from training.state import Training, make_training
@@ -120,6 +120,20 @@ def test_a_step_that_is_not_finite_changes_nothing(name: str, first: bool) -> No
         results.append((weights(training.student), training.loss.center.clone()))
     torch.testing.assert_close(*results, rtol=0, atol=0)
     assert bool(results[0][1].any())
+
+
+def test_auto_is_bf16_where_it_is_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for found, expected in (
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True, "avx512_bf16": False}, torch.bfloat16),
+        ({"avx512_f": True, "avx512_bf16": False}, None),
+        ({}, None),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found, raising=False)
+        assert autocast_dtype("auto", cpu) is expected
+        assert autocast_dtype("auto", cuda) is torch.bfloat16
+        assert autocast_dtype("fp32", cpu) is None
 
 
 def test_fp16_scales_the_loss_and_stays_near_fp32() -> None:

@@ -255,7 +255,7 @@ def test_a_run_from_another_runs_weights(
     capsys.readouterr()
     frozen = ["epochs=2", "teacher.momentum=1.0"]
     assert main(arguments(folder, second, f"init_from={first}", *frozen)) == 0
-    assert "init_from: " in capsys.readouterr().err
+    assert f"init_from {first}" in capsys.readouterr().err
     torch.testing.assert_close(state(second)["teacher"], state(first)["teacher"], rtol=0, atol=0)
     shutil.rmtree(tmp_path)
 
