@@ -9,7 +9,8 @@ Both train the same network with the same K, crops and batch: first on tensors t
 Ours runs in the precision that it chooses by itself, and the textbook in fp32 on a CPU and in bf16
 on CUDA; the `..._same_precision` ratios set both to the textbook's. Rounds alternate, and each is
 told by its fastest round, so that what else the machine does weighs on none. `textbook_dino.py`
-says what the textbook is. The defaults are ViT-Ti/16 at 64 pixels, 2 + 6 crops, K = 65536.
+says what the textbook is. The defaults are ViT-Ti/16 at 64 pixels, 2 + 6 crops, K = 65536, 16
+pictures a step.
 """
 
 import argparse
@@ -70,9 +71,9 @@ def main() -> None:
     parser.add_argument("--local-size", type=int, default=32)
     parser.add_argument("--locals", type=int, default=6)
     parser.add_argument("--k", type=int, default=65536)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
-    parser.add_argument("--steps", type=int, default=3, help="in a round")
+    parser.add_argument("--steps", type=int, default=6, help="in a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="ours with compiled blocks")
     parser.add_argument("--data", type=Path, help="a folder of JPEG files; made where left out")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from backbone.architectures import Backbone
 from training.distributed import all_reduce_sum
 from training.sharding import is_sharded, local
+from training.weight_norm import WeightNormLinear
 
 _INIT_STD = 0.02
 
@@ -79,25 +80,6 @@ class ProjectionHead(nn.Module):
         if self.last_layer is not None:
             return list(self.last_layer.parameters())
         return list((self.mlp if isinstance(self.mlp, nn.Linear) else self.mlp[-1]).parameters())
-
-
-class WeightNormLinear(nn.Module):
-    """A linear layer without bias whose rows are g * v / |v| (arXiv 1602.07868).
-
-    Under the original's names `weight_g` and `weight_v`: the framework's function that used them
-    is deprecated, and its successor stores other names. The arithmetic is the framework's own.
-    """
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.weight_g = nn.Parameter(torch.ones(out_features, 1))
-        self.weight_v = nn.Parameter(torch.empty(out_features, in_features))
-        bound = in_features**-0.5  # what nn.Linear starts from
-        nn.init.uniform_(self.weight_v, -bound, bound)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, in] -> [B, out]."""
-        return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
 
 
 class Network(nn.Module):
@@ -175,7 +157,10 @@ def clip_each_gradient(
     factors = (max_norm / (norms + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norms)
     if scale is not None:
         factors = factors / scale
-    if max_norm > 0 or scale is not None:
+    changes = max_norm > 0 or scale is not None
+    if factors.device.type == "cpu":  # looking is free there; a device would have to be waited for
+        changes = bool((factors != 1.0).any())
+    if changes:
         torch._foreach_mul_(gradients, list(factors.unbind()))
     total: Tensor = norms.norm()
     return total

@@ -12,6 +12,7 @@ from training.distributed import World
 from training.optimizers import make_optimizer, parameter_groups, set_rates
 from training.pretrain import Rates, rates_at, train_step
 from training.state import Training, make_training
+from training.weight_norm import WeightNormLinear
 
 CPU = World(0, 1, torch.device("cpu"))
 RATES = Rates(
@@ -203,3 +204,32 @@ def test_a_head_with_batch_norm_takes_a_step(crops: list[Tensor]) -> None:
     terms, _, _ = train_step(training, [crops], RATES)
     assert terms.loss.isfinite()
     assert any(isinstance(m, nn.BatchNorm1d) for m in training.student.modules())
+
+
+@pytest.mark.parametrize("cached", [1, 5 * 8, 2**19])
+def test_weight_norm_is_the_textbooks(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.weight_norm._CACHED", cached)
+    torch.manual_seed(0)
+    layer = WeightNormLinear(8, 13)
+    with torch.no_grad():
+        layer.weight_g.uniform_(0.5, 2.0)
+    x = torch.randn(5, 8, requires_grad=True)
+    weights = torch.randn(5, 13)
+    results = []
+    for plain in (False, True):
+        if plain:
+            out = x @ (layer.weight_g * layer.weight_v / layer.weight_v.norm(dim=1, keepdim=True)).T
+        else:
+            out = layer(x)
+        inputs = [x, layer.weight_v, layer.weight_g]
+        results.append((out.detach(), *torch.autograd.grad((out * weights).sum(), inputs)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_second_forward_before_the_first_ones_backward_is_an_error_not_a_wrong_gradient() -> None:
+    layer = WeightNormLinear(8, 13)
+    first = layer(torch.randn(5, 8))
+    layer(torch.randn(5, 8))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        first.sum().backward()
