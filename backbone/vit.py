@@ -312,6 +312,9 @@ class Attention(nn.Module):
         q = k = x
         for part in _split(self.qkv(x), groups):
             b, t, d = part.shape
+            if b == 0:  # all of them dropped: not every kernel takes an empty batch
+                mixed.append(part.new_empty(0, d // 3))
+                continue
             q, k, v = self._heads(part, 3)
             y = F.scaled_dot_product_attention(q, k, v)
             mixed.append(y.transpose(1, 2).reshape(b * t, d // 3))
@@ -332,6 +335,9 @@ class Attention(nn.Module):
         mixed: list[Tensor] = []
         kv = F.linear(x, of_kv, bias_kv)
         for tokens, both in zip(_split(x, groups), _split(kv, groups), strict=True):
+            if len(tokens) == 0:
+                mixed.append(kv.new_empty(0, d))
+                continue
             (q,) = self._heads(F.linear(tokens[:, :1], of_q, bias_q), 1)
             k, v = self._heads(both, 2)
             mixed.append(F.scaled_dot_product_attention(q, k, v).reshape(len(q), d))

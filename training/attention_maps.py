@@ -107,7 +107,7 @@ def fixed_pictures(pictures: Pictures, count: int) -> list[Image.Image]:
             break
         try:
             found.append(decode(some.read(i), some.names[i]))
-        except DataError:
+        except (DataError, OSError):
             continue  # the run itself counts and lists it
     return found
 

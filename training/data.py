@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -141,10 +141,14 @@ def to_crops(
     else:
         canvas, sizes, views = batch.pictures
         parts = [*augment(canvas.to(device, non_blocking=True), sizes, views, crops)]
-    mean, std = (
-        torch.tensor(values, device=device).reshape(-1, 1, 1) for values in (data.mean, data.std)
-    )
+    mean, std = _on_device(data.mean, device), _on_device(data.std, device)
     return [normalise(crop, mean, std) for part in parts for crop in part]
+
+
+@lru_cache(maxsize=8)
+def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """[C, 1, 1], sent once: a copy each step would wait for the device."""
+    return torch.tensor(values, device=device).reshape(-1, 1, 1)
 
 
 class HeldBatch(NamedTuple):

@@ -7,6 +7,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
+from backbone.convnet import ParametersOnMeta
 from training import memory
 from training.config import Recipe
 from training.distributed import World
@@ -40,7 +41,7 @@ def describe(
         ConfigError: what the recipe asks for does not exist.
     """
     nowhere = torch.device("meta")
-    with nowhere:
+    with nowhere if recipe.architecture.has_attention else ParametersOnMeta():
         alone = dataclasses.replace(recipe, compile=False)
         training = make_training(alone, World(0, 1, nowhere))
     need = memory.estimate(

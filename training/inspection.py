@@ -17,8 +17,7 @@ def plain_backbone(
     they are not in shards; what is in shards is put together, for which every process must call
     this.
     """
-    with torch.device("meta"):
-        plain = architecture.build()
+    plain = architecture.skeleton()
     weights = {name: value.to(device) for name, value in whole(backbone.state_dict()).items()}
     plain.load_state_dict(weights, assign=True)
     return plain.eval().requires_grad_(False)

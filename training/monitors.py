@@ -1,5 +1,6 @@
 """What a run says of itself: a progress bar, a CSV file, TensorBoard events, alarms in words."""
 
+import re
 import resource
 import sys
 import time
@@ -219,6 +220,7 @@ def _drop_lines(alarms: Path, start: int) -> None:
     if not alarms.exists():
         return
     lines = alarms.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if int(line.split(":")[0].removeprefix("step ")) <= start]
+    steps = [re.match(r"step (\d+):.*\n", line) for line in lines]  # none in a half-written one
+    kept = [match[0] for match in steps if match and int(match[1]) <= start]
     if len(kept) < len(lines):
         alarms.write_text("".join(kept), encoding="utf-8")

@@ -226,7 +226,7 @@ class _Views(Dataset[tuple[Tensor, bool, str]]):
             return nothing, False, ""
         try:
             picture = decode(pictures.read(place), pictures.names[place])
-        except DataError as error:
+        except (DataError, OSError) as error:
             return nothing, False, str(error)
         return self._view(picture).round().to(torch.uint8), True, ""
 

@@ -128,7 +128,7 @@ class _Headers(Dataset[int | str]):
     def __getitem__(self, i: int) -> int | str:
         try:
             return count_pixels(self._pictures.read(i), self._pictures.names[i])
-        except DataError as error:
+        except (DataError, OSError) as error:
             return str(error)
 
 
@@ -147,7 +147,7 @@ class _Decoded(Dataset[Tensor | str]):
             values = decode_channels(
                 self._pictures.read(i), self._pictures.names[i], self._channels
             )
-        except DataError as error:
+        except (DataError, OSError) as error:
             return str(error)
         return torch.from_numpy(values)
 

@@ -49,28 +49,34 @@ class LossScale(nn.Module):
         self.good_steps.copy_(torch.where(bad, 0, self.good_steps + 1))
         grow = self.good_steps >= self.interval
         self.good_steps.masked_fill_(grow, 0)
-        factor = torch.where(bad, 0.5, torch.where(grow, 2.0, 1.0))
+        factor = torch.where(bad, 0.5, 1.0 + grow.float())
         self.scale.mul_(factor)
 
 
 @contextmanager
-def autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
-    """Runs what is inside in `dtype` where that is safe; does nothing for None.
+def attention_kernel(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
+    """Chooses the kernel of attention inside; blocks that are recomputed in a backward need it too.
 
     On the CPU the fused attention's backward is three to four times slower in bf16 than the same
     attention written out (docs/benchmarks.md), so that the framework's own unfused one is chosen.
     """
+    if dtype is None or device.type != "cpu":
+        yield
+        return
+    before = bool(torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed())  # type: ignore[no-untyped-call]
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
+
+
+@contextmanager
+def autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
+    """Runs what is inside in `dtype` where that is safe; does nothing for None."""
     if dtype is None:
         yield
         return
-    with torch.autocast(device.type, dtype=dtype):
-        if device.type != "cpu":
-            yield
-            return
-        before = bool(torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed())  # type: ignore[no-untyped-call]
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-        try:
-            with sdpa_kernel(SDPBackend.MATH):
-                yield
-        finally:
-            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
+    with torch.autocast(device.type, dtype=dtype), attention_kernel(device, dtype):
+        yield

@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -33,7 +33,7 @@ from training.monitors import Monitor, TrainingDiverged
 from training.optimizers import set_rates, skip_if
 from training.pictures_on_device import PicturesOnDevice
 from training.plan import Plan
-from training.precision import autocast
+from training.precision import attention_kernel, autocast
 from training.schedules import cosine, linear_warmup
 from training.signals import StopRequest
 from training.skipped import IN_A_ROW, IN_A_ROW_FP16, SkippedSteps
@@ -67,7 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.recipe,
             options.overrides,
             lambda found: data.picture_count(
-                data.open_source(found.data, Path(found.run_dir), World(0, 1, CPU))
+                data.open_source(
+                    replace(found.data, on_device=False), Path(found.run_dir), World(0, 1, CPU)
+                )
             ),
             processes=where.size,
             say=partial(print, file=sys.stderr) if where.rank == 0 else None,
@@ -106,11 +108,10 @@ def pretrain(recipe: Recipe, here: World) -> int:
     if start == 0:
         watch.begins(training.teacher.backbone)
     bad = BadPictures(run_dir, here)
-    if isinstance(source, PicturesOnDevice):
-        bad.saw(source)
-    skipped = SkippedSteps(
-        run_dir, here, in_a_row=IN_A_ROW_FP16 if training.loss_scale else IN_A_ROW
-    )
+    if isinstance(source, PicturesOnDevice) and here.is_main:
+        bad.saw(source)  # the same on every process
+    in_a_row = IN_A_ROW_FP16 if training.loss_scale else IN_A_ROW
+    skipped = SkippedSteps(run_dir, here, in_a_row=in_a_row, start=start)
     loader = data.crop_loader(
         source, plan, recipe.data, recipe.crops, start=start, stop=stop, device=here.device
     )
@@ -281,7 +282,8 @@ class StepResult(NamedTuple):
     Attributes:
         terms: the loss's, as means over the step's batches.
         gradient_norm: over all gradients, before clipping.
-        skipped: 1 where a gradient was not finite, so that nothing moved; else 0.
+        skipped: 1 where a gradient was not finite, so that student, optimizer, centre and
+            BatchNorm's statistics stayed; else 0. The teacher's average goes on either way.
     """
 
     terms: LossTerms
@@ -309,6 +311,8 @@ def train_step(
         ends_epoch: whether the step is its epoch's last.
     """
     student, teacher, optimizer = training.student, training.teacher, training.optimizer
+    statistics = [b for n in (student, teacher) for b in n.buffers() if b.is_floating_point()]
+    before = [b.clone() for b in statistics]  # of BatchNorm; ViTs have none
     set_rates(optimizer, lr=rates.lr, weight_decay=rates.weight_decay)
     optimizer.zero_grad()
     terms: list[LossTerms] = []
@@ -321,13 +325,16 @@ def train_step(
             found = training.loss(g_s, g_t, rates.teacher_temperature)
             scale = training.loss_scale
             loss = found.loss / len(batches)
-            (loss if scale is None else loss * scale.scale).backward()
+            with attention_kernel(crops[0].device, training.autocast):
+                (loss if scale is None else loss * scale.scale).backward()
         terms.append(found)
 
     norm = clip_each_gradient(
         student.parameters(), training.clip_grad, None if scale is None else scale.scale
     )
-    skipped = (~norm.isfinite()).float()  # nothing below moves by such a step
+    skipped = (~norm.isfinite()).float()
+    for buffer, old in zip(statistics, before, strict=True):
+        buffer.copy_(torch.where(skipped > 0, old, buffer))
     if rates.last_layer_frozen:
         drop_last_layer_gradient(student)
     if training.teacher_kind == "previous_iteration":

@@ -33,7 +33,7 @@ def find(run_dir: Path, here: World) -> tuple[int, dict[str, Any]] | None:
     if not here.is_main:
         try:
             state = snapshot.load(snapshot.path_of(run_dir, step), here.device)
-        except (FileNotFoundError, snapshot.SnapshotError):
+        except (OSError, snapshot.SnapshotError):
             state = None
     if not all(all_gather_int(int(state is not None), here.device)):
         raise snapshot.SnapshotError(

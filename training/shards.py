@@ -103,6 +103,6 @@ def _remembered(known: Path) -> dict[str, int]:
 
 def _remember(known: Path, counts: dict[str, int]) -> None:
     known.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = known.with_name(known.name + ".partial")
+    partial_file = known.with_name(f"{known.name}.{os.getpid()}.partial")
     partial_file.write_text(json.dumps(counts, indent=0) + "\n")
     partial_file.replace(known)

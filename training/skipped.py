@@ -22,17 +22,18 @@ class SkippedSteps:
 
     Args:
         in_a_row: how many skipped steps one after another stop the run.
+        start: steps that the run has done; what is listed of later ones will be done again.
 
     Attributes:
         count: the skipped steps that are known of.
     """
 
-    def __init__(self, run_dir: Path, here: World, *, in_a_row: int) -> None:
+    def __init__(self, run_dir: Path, here: World, *, in_a_row: int, start: int = 0) -> None:
         self._path = run_dir / f"skipped_steps.rank{here.rank}.jsonl"
         self._limit = in_a_row
         self._row = 0
         self._pending: tuple[int, Tensor, torch.cuda.Event | None, Sequence[str]] | None = None
-        self.count = 0
+        self.count = _keep_until(self._path, start)
 
     def saw(self, step: int, skipped: Tensor, names: Sequence[str]) -> None:
         """Takes the flag of a step (a scalar on the device), and looks at the one before.
@@ -69,3 +70,15 @@ class SkippedSteps:
                 "from before. Lower optimizer.lr, lengthen optimizer.warmup_epochs, set "
                 "optimizer.clip_grad = 3.0, or take precision = 'fp32'"
             )
+
+
+def _keep_until(path: Path, start: int) -> int:
+    """Drops the lines of steps after `start`, and one that was cut short; counts the rest."""
+    if not path.exists():
+        return 0
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]
+    kept = [line for line in whole if json.loads(line)["step"] <= start]
+    if len(kept) < len(lines):
+        path.write_text("".join(kept), encoding="utf-8")
+    return len(kept)

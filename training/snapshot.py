@@ -70,16 +70,16 @@ def save(run_dir: Path, step: int, state: dict[str, Any], *, keep: int = KEEP) -
         _write(temporary, state)
         temporary.replace(path)
         _sync_folder(path.parent)
+        done = [(at, each) for at, each in _all(run_dir) if at <= step][-keep:]
+        for each in _all(run_dir):
+            if each not in done:
+                each[1].unlink(missing_ok=True)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise NotWritten(
             f"snapshot {str(path)!r} could not be written: {error.strerror}; "
             "the snapshots from before still stand"
         ) from error
-    done = [(at, each) for at, each in _all(run_dir) if at <= step][-keep:]
-    for each in _all(run_dir):
-        if each not in done:
-            each[1].unlink()
     return path
 
 
@@ -108,7 +108,7 @@ def newest_good(run_dir: Path, device: torch.device | str = "cpu") -> Found | No
     for step, path in reversed(files):
         try:
             state = load(path, device)
-        except Damaged:
+        except (Damaged, OSError):
             damaged.append(path)
             continue
         warnings = tuple(

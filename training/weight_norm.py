@@ -31,7 +31,7 @@ class WeightNormLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in] -> [B, out]. A forward ends what an earlier one's backward needs."""
-        kind = x.device.type
+        kind = "cpu" if x.is_meta else x.device.type  # estimates of memory have no device
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         rows = self._rows
         if rows is None or rows.dtype != dtype or rows.device != x.device:

@@ -106,8 +106,11 @@ def test_a_predictor_without_a_bottleneck_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
 @pytest.mark.parametrize("first", [True, False], ids=["first step", "later"])
-def test_a_step_that_is_not_finite_changes_nothing(name: str, first: bool) -> None:
-    """Neither weights nor optimizer nor centre: the next step is what it would have been."""
+def test_a_step_that_is_not_finite_is_no_step(name: str, first: bool) -> None:
+    """Neither student nor optimizer nor centre: the next step is what it would have been.
+
+    The teacher's average, which goes on towards the student, is held still here.
+    """
     bad = crops_of(1)
     bad[1][2, 0, 3, 3] = torch.nan
     batches = [bad, crops_of(2)] if first else [crops_of(0), bad, crops_of(2)]
@@ -201,3 +204,39 @@ def test_several_in_a_row_stop_the_run_with_advice(tmp_path: Path) -> None:
         skipped.saw(step, torch.tensor(1.0), ["x.jpg"])
     with pytest.raises(TrainingDiverged, match=r"3 steps in a row.*step 3.*optimizer\.lr"):
         skipped.saw(3, torch.tensor(0.0), ["y.jpg"])
+
+
+def test_going_on_keeps_the_count_and_drops_what_is_done_again(tmp_path: Path) -> None:
+    skipped = SkippedSteps(tmp_path, CPU, in_a_row=9)
+    for step in (2, 4, 7):
+        skipped.saw(step, torch.tensor(1.0), [f"{step}.jpg"])
+    skipped.look()
+    path = tmp_path / "skipped_steps.rank0.jsonl"
+    with path.open("a") as file:
+        file.write('{"step": 9, "na')  # cut short
+    again = SkippedSteps(tmp_path, CPU, in_a_row=9, start=5)
+    assert again.count == 2
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [3, 5]
+
+
+def test_a_skipped_step_leaves_batch_norms_statistics_alone() -> None:
+    training = training_of(head={"batch_norm": True})
+    bad = crops_of(1)
+    bad[0][0, 0, 0, 0] = torch.inf
+    train_step(training, [crops_of(0)], RATES)
+    networks = (training.student, training.teacher)
+    before = [b.clone() for network in networks for b in network.buffers()]
+    assert train_step(training, [bad], RATES).skipped == 1.0
+    after = [b for network in networks for b in network.buffers()]
+    floats = [(b, a) for b, a in zip(before, after, strict=True) if a.is_floating_point()]
+    assert floats
+    for old, new in floats:
+        torch.testing.assert_close(new, old, rtol=0, atol=0)
+
+
+def test_blocks_are_recomputed_in_bf16_too() -> None:
+    norms = []
+    for recompute in (False, True):
+        training = training_of(precision="bf16", checkpoint_blocks=recompute)
+        norms.append(train_step(training, [crops_of(0)], RATES).gradient_norm)
+    torch.testing.assert_close(*norms, rtol=1e-2, atol=0)
