@@ -4,6 +4,7 @@ A loss that rises says little; this curve tells whether the features get better.
 `training.evaluation.knn`'s, at the size of the recipe's global crops, shared by all processes.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -201,7 +202,9 @@ class OnlineKnn:
                 kept.append((crops, good))
             yield crops, good
         if unread:
-            tqdm.write(f"k-NN leaves out {len(unread)} of knn.{title}: {unread[0]}")
+            tqdm.write(
+                f"k-NN leaves out {len(unread)} of knn.{title}: {unread[0]}", file=sys.stderr
+            )
         if self._keeps:
             self._kept[title] = kept
 
