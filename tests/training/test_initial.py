@@ -84,7 +84,7 @@ def test_a_run_gives_its_newest_teacher_with_its_head(tmp_path: Path) -> None:
         load_initial(str(run), start.backbone, start.head)
     found[1].parent.mkdir()
     found[1].write_bytes(b"PK no snapshot")
-    with pytest.raises(ConfigError, match=r"init_from = .*step_000000002\.pt' is damaged"):
+    with pytest.raises(ConfigError, match=r"init_from = .*is damaged: '.*step_000000002\.pt'"):
         load_initial(str(run), start.backbone, start.head)
 
 
