@@ -134,6 +134,8 @@ def test_an_alarm_is_printed_and_kept_once_over_a_restart(
     assert lines[0] in capsys.readouterr().err
     # Resumed after the alarm: known. Resumed before it: said again, and stands there once.
     for start in (16, 6):
+        with tmp_path.joinpath("alarms.log").open("a") as file:
+            file.write("st")  # half a line, from a machine that went down
         run(tmp_path, [0.0] * (20 - start), start=start, alarm=alarm(), **collapsed)
         assert tmp_path.joinpath("alarms.log").read_text().splitlines() == lines
 

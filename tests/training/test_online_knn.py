@@ -107,7 +107,7 @@ def test_the_run_does_not_notice(folder: Path, workers: int) -> None:
     found["student"](pictures).cls.sum().backward()  # no tensor was left in inference mode
 
 
-@pytest.mark.parametrize("name", ["vit_tiny", "resnet18"])
+@pytest.mark.parametrize("name", ["vit_tiny", "resnet18", "regnet_y_400mf"])
 def test_a_plain_backbone_gives_what_the_runs_own_would(name: str) -> None:
     architecture = Architecture(name=name, patch_size=8, image_size=32)
     torch.manual_seed(0)

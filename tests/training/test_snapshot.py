@@ -183,3 +183,12 @@ def test_a_full_disk_leaves_the_old_snapshots(small_disk: Path) -> None:
     assert found.step == 1
     save(small_disk, 3, state(3))
     assert names(small_disk) == ["step_000000001.pt", "step_000000003.pt"]
+
+
+def test_a_newest_snapshot_that_cannot_be_read_at_all_gives_way(tmp_path: Path) -> None:
+    save(tmp_path, 1, state(1))
+    path_of(tmp_path, 2).mkdir()  # as a failing disk, it raises an OSError and no other
+    found = newest_good(tmp_path)
+    assert found is not None
+    assert found.step == 1
+    assert "step_000000002.pt' is damaged" in found.warnings[0]
