@@ -12,7 +12,7 @@ from training import memory
 from training.config import Recipe
 from training.distributed import World
 from training.loss import TEACHER_CROPS, LossTerms
-from training.precision import autocast_dtype
+from training.precision import autocast_dtype, precision_name
 from training.state import Training, make_training
 
 _BORDER_PX = 6
@@ -59,7 +59,8 @@ def describe(
         f"memory      {_gib(need.total)} a process: student and teacher {_gib(need.weights)}, "
         f"optimizer {_gib(need.optimizer)}, gradients and activations {_gib(need.step)} "
         "(an estimate; on CUDA leave a fifth above it)",
-        f"batch       {batch}: {recipe.batch_size} pictures x {here.size} process(es){accumulated}",
+        f"batch       {batch}: {recipe.batch_size} pictures x {here.size} process(es)"
+        f"{accumulated}, in {precision_name(autocast_dtype(recipe.precision, here.device))}",
         f"steps       {pictures} pictures, {steps_per_epoch} steps an epoch, "
         f"{recipe.epochs} epochs, {total} steps",
         "",

@@ -19,6 +19,11 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
 
 
+def precision_name(dtype: torch.dtype | None) -> str:
+    """What `autocast_dtype` chose, as recipes call it."""
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32") if dtype else "fp32"
+
+
 def _cpu_multiplies_bf16() -> bool:
     """Older versions of the framework cannot tell; the answer is no there."""
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()

@@ -33,7 +33,7 @@ from training.monitors import Monitor, TrainingDiverged
 from training.optimizers import set_rates, skip_if
 from training.pictures_on_device import PicturesOnDevice
 from training.plan import Plan
-from training.precision import attention_kernel, autocast
+from training.precision import attention_kernel, autocast, precision_name
 from training.schedules import cosine, linear_warmup
 from training.signals import StopRequest
 from training.skipped import IN_A_ROW, IN_A_ROW_FP16, SkippedSteps
@@ -366,6 +366,7 @@ def announce(
     print(
         f"{recipe.model.architecture}{patch}, {weights / 1e6:.1f}M parameters "
         f"with the head; {pictures} pictures; {here.size} process(es) on {here.device.type}, "
+        f"{precision_name(training.autocast)}, "
         f"batch {recipe.batch_size} each; steps {start} to {stop}; run folder {run_dir}",
         file=sys.stderr,
     )
