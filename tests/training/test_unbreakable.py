@@ -122,7 +122,7 @@ def test_a_run_that_is_killed_is_the_run_that_was_not(
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run_to_the_end(processes, arguments(folder, whole, *overrides))
     assert len(losses(whole)) == STEPS
-    at = random.Random(f"{processes}{overrides}").randrange(5, STEPS - 6)
+    at = random.Random(f"{processes}{overrides}").randrange(5, STEPS - 10)
     process = start([*launcher(processes), *arguments(folder, killed, *overrides)])
     wait_for_step(process, killed, at)
     kill_everything(process, killed)
