@@ -13,6 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from training.distributed import World
+from training.pretrain import Rates
+
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
@@ -24,6 +27,15 @@ def one_thread() -> Iterator[None]:
 
 
 ROOT = Path(__file__).parents[2]
+
+CPU = World(0, 1, torch.device("cpu"))
+RATES = Rates(
+    lr=1e-3,
+    weight_decay=0.04,
+    teacher_momentum=0.9,
+    teacher_temperature=0.04,
+    last_layer_frozen=False,
+)
 
 TINY_RECIPE: dict[str, Any] = {
     "epochs": 4,

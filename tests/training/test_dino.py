@@ -5,23 +5,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.training.conftest import TINY_RECIPE
+from tests.training.conftest import CPU, RATES, TINY_RECIPE
 from training.config import recipe_from_dict
 from training.dino import clip_each_gradient, drop_last_layer_gradient, update_teacher
-from training.distributed import World
 from training.optimizers import make_optimizer, parameter_groups, set_rates
-from training.pretrain import Rates, rates_at, train_step
+from training.pretrain import rates_at, train_step
 from training.state import Training, make_training
 from training.weight_norm import WeightNormLinear
-
-CPU = World(0, 1, torch.device("cpu"))
-RATES = Rates(
-    lr=1e-3,
-    weight_decay=0.04,
-    teacher_momentum=0.9,
-    teacher_temperature=0.04,
-    last_layer_frozen=False,
-)
 
 
 def training_of(**changes: Any) -> Training:

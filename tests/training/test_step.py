@@ -8,23 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.training.conftest import TINY_RECIPE
+from tests.training.conftest import CPU, RATES, TINY_RECIPE
 from training.config import ConfigError, recipe_from_dict
-from training.distributed import World
 from training.monitors import TrainingDiverged
 from training.precision import LossScale, autocast_dtype
 from training.pretrain import Rates, train_step
 from training.skipped import SkippedSteps
 from training.state import Training, make_training
-
-CPU = World(0, 1, torch.device("cpu"))
-RATES = Rates(
-    lr=1e-3,
-    weight_decay=0.04,
-    teacher_momentum=0.9,
-    teacher_temperature=0.04,
-    last_layer_frozen=False,
-)
 
 
 def training_of(**changes: Any) -> Training:
