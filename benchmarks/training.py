@@ -5,7 +5,8 @@
         --local-size 96 --locals 8 --batch 64 --data my/pictures
 
 Both train the same network with the same K, crops and batch: first on tensors that are ready
-(`step_ratio`), then from JPEG files (`end_to_end_ratio`), with the same number of worker processes.
+(`step_ratio`), then from JPEG files (`end_to_end_ratio`). The textbook reads them in workers; so do
+ours on CUDA, but not on a CPU, where a worker would take a core from the step (`--own-workers`).
 Ours runs in the precision that it chooses by itself, and the textbook in fp32 on a CPU and in bf16
 on CUDA; the `..._same_precision` ratios set both to the textbook's. Rounds alternate, and each is
 told by its fastest round, so that what else the machine does weighs on none. `textbook_dino.py`
@@ -73,6 +74,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=65536)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
+    parser.add_argument("--own-workers", type=int, help="ours; on a CPU, where left out, 0")
     parser.add_argument("--steps", type=int, default=6, help="in a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="ours with compiled blocks")
@@ -83,6 +85,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     device = choose_device(options.device)
+    if options.own_workers is None:
+        options.own_workers = 0 if device.type == "cpu" else options.workers
     torch.manual_seed(0)
     with contextlib.ExitStack() as stack:
         files: list[Path] = []
@@ -169,7 +173,7 @@ def recipe_of(options: argparse.Namespace, files: list[Path]) -> Recipe:
         "epochs": 1000,
         "batch_size": options.batch,
         "data": {"train": [str(f) for f in {f.parent for f in files}] or ["none"],
-                 "workers": options.workers},
+                 "workers": options.own_workers},
         "model": {"architecture": options.architecture, "patch_size": options.patch},
         "head": {"out_dim": options.k},
         "crops": {"global_size": options.global_size, "local_size": options.local_size,

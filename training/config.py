@@ -33,7 +33,8 @@ class Data:
     Attributes:
         train: folders, tar files (compressed or not), Parquet files, or `.txt` lists of files;
             labels are not needed.
-        workers: processes that decode and augment; 0 does it in the training process itself.
+        workers: processes that decode and augment; 0 does it in the training process itself, which
+            is the fastest where a CPU trains.
         stream: reads tar and Parquet shards from front to back instead of at random.
         shuffle_buffer: pictures that a worker holds to shuffle a stream.
         channels: of a picture; 3 is RGB.
