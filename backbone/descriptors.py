@@ -1,11 +1,15 @@
 """Tokens -> vectors and masks: what evaluations and the service compute from a network's output."""
 
+import re
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from backbone.architectures import Backbone
-from backbone.vit import Features
+from backbone.vit import Features, VisionTransformer
 
 
 def copy_descriptor(features: Features, *, p: float = 4.0) -> Tensor:
@@ -59,3 +63,64 @@ def mass_mask(attention: Tensor, kept: float) -> Tensor:
     ordered, order = attention.sort(dim=-1)
     cumulated = (ordered / ordered.sum(dim=-1, keepdim=True)).cumsum(dim=-1)
     return (cumulated > 1.0 - kept).gather(-1, order.argsort(dim=-1))
+
+
+def check_descriptors(network: Backbone, names: Sequence[str]) -> None:
+    """Refuses descriptors that `describe` does not know, or that the network does not have.
+
+    Raises:
+        ValueError: names the descriptor, and those that are allowed.
+    """
+    for name in names:
+        if name in DESCRIPTORS:
+            last_n = 1
+        elif (match := _LAST.fullmatch(name)) or (match := _BLOCK.fullmatch(name)):
+            last_n = int(match[1])
+        else:
+            raise ValueError(f"descriptor {name!r} is none of {', '.join(DESCRIPTOR_FORMS)}")
+        depth = len(network.blocks) if isinstance(network, VisionTransformer) else 1
+        if last_n > depth:
+            raise ValueError(f"descriptor {name!r}: the network has {depth} blocks")
+
+
+def describe(network: Backbone, pictures: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """Several descriptors of pictures [B, C, H, W] by one forward, each [B, its length].
+
+    "cls" is the last block's CLS (of a convolutional network the pooled embedding), "mean" the mean
+    of the patch tokens, "cls+mean" both one after the other, "copy" the copy descriptor; "lastN"
+    the CLS of the last N blocks, oldest first, one after the other (paper, appendix: N = 4), and
+    "block-N" that of the N-th block from the end alone. None is normalised.
+
+    Raises:
+        ValueError: see `check_descriptors`.
+    """
+    check_descriptors(network, names)
+    counts = [int(m[1]) for name in names if (m := _LAST.fullmatch(name) or _BLOCK.fullmatch(name))]
+    most = max(counts, default=1)
+    features = network(pictures, last_blocks=most)
+    blocks = [block[:, 0] for block in features.blocks] or [features.cls]
+    found = {}
+    for name in names:
+        if name in DESCRIPTORS:
+            found[name] = DESCRIPTORS[name](features)
+        elif match := _LAST.fullmatch(name):
+            found[name] = torch.cat(blocks[-int(match[1]) :], dim=1)
+        elif match := _BLOCK.fullmatch(name):
+            found[name] = blocks[-int(match[1])]
+    return found
+
+
+def _cls_and_mean(features: Features) -> Tensor:
+    return torch.cat((features.cls, features.patches.mean(dim=1)), dim=1)
+
+
+DESCRIPTORS: Mapping[str, Callable[[Features], Tensor]] = MappingProxyType(
+    {
+        "cls": lambda features: features.cls,
+        "mean": lambda features: features.patches.mean(dim=1),
+        "cls+mean": _cls_and_mean,
+        "copy": copy_descriptor,
+    }
+)
+DESCRIPTOR_FORMS = (*DESCRIPTORS, "lastN", "block-N")
+_LAST, _BLOCK = re.compile(r"last([1-9]\d{0,3})"), re.compile(r"block-([1-9]\d{0,3})")

@@ -181,6 +181,21 @@ def all_gather_int(value: int, device: torch.device) -> list[int]:
     return [int(each.item()) for each in found]
 
 
+def gather_rows(own: Tensor, here: World) -> Tensor:
+    """Each process's rows [n, ...], by rank one after the other, on every process.
+
+    Processes may have different numbers of rows. They travel by the device that `own` lies on.
+    """
+    if here.size == 1:
+        return own
+    counts = all_gather_int(len(own), own.device)
+    padded = own.new_zeros((max(counts), *own.shape[1:]))
+    padded[: len(own)] = own
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
 def barrier() -> None:
     """Waits until every process is here."""
     if dist.is_initialized():

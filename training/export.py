@@ -24,6 +24,7 @@ from backbone.preprocess import Preprocess
 from backbone.whitening import fit_whitening
 from training import snapshot
 from training.config import ConfigError, recipe_from_dict
+from training.distributed import World
 from training.evaluation.features import embedder, extract
 from training.sources import Pictures, every, open_pictures
 
@@ -139,9 +140,8 @@ def whitened(
         ValueError: too few pictures for the network's embedding size.
     """
     chosen = every(background, count)
-    vectors = extract(
-        chosen, artifact.preprocess.centre_crop, embedder(artifact, device), device=device
-    )
+    view, embed = artifact.preprocess.centre_crop, embedder(artifact, device)
+    vectors = extract(chosen, view, embed, here=World(0, 1, device))["cls"]
     provenance = {**artifact.provenance, "whitened_on": len(chosen.names)}
     return dataclasses.replace(artifact, whitening=fit_whitening(vectors), provenance=provenance)
 

@@ -12,20 +12,19 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from backbone.artifact import Artifact
 from backbone.preprocess import Preprocess
 from backbone.pretrained import DEFAULT_MODEL
 from training.config import Recipe, load_recipe
-from training.distributed import world
+from training.distributed import World, world
 from training.evaluation import knn
-from training.evaluation.features import embedder
+from training.evaluation.features import Embed, View, embedder
+from training.evaluation.labelled import train_and_val
 from training.export import export, teacher_artifact, whitened
 from training.pretrain import pretrain
 from training.sources import Pictures, open_pictures
@@ -118,15 +117,16 @@ def measure(
     )
     trained = embedder(artifact, device, precision=precision)
     view, pixels = artifact.preprocess.centre_crop, Preprocess(resize=PIXELS, crop=PIXELS)
-    methods: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]] = {
+    methods: dict[str, tuple[View, Embed]] = {
         "model": (view, trained),
         "untrained": (view, untrained),
-        "pixels": (pixels.centre_crop, partial(torch.flatten, start_dim=1)),
+        "pixels": (pixels.centre_crop, lambda batch: {"cls": batch.flatten(1)}),
     }
-    figures = {}
-    for name, (prepare, embed) in methods.items():
-        figures[name] = knn.evaluate(bank, val, prepare, embed, ks=[k], device=device)[str(k)]
-    return figures
+    here, labelled = World(0, 1, device), train_and_val(bank, val)
+    return {
+        name: knn.evaluate(*labelled, view, embed, ks=[k], here=here)["cls"][str(k)]
+        for name, (view, embed) in methods.items()
+    }
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from training.augmentations import normalise
 from training.config import ConfigError, Recipe
 from training.decoding import decode
 from training.distributed import World, all_reduce_sum
-from training.evaluation.features import class_indices
 from training.evaluation.knn import classify
+from training.evaluation.labelled import class_indices
 from training.inspection import plain_backbone
 from training.precision import autocast, autocast_dtype
 from training.rows import RowFile

@@ -17,6 +17,7 @@ from training.attention_maps import attention_maps, read_film
 from training.config import ConfigError
 from training.distributed import World
 from training.evaluation import knn
+from training.evaluation.labelled import open_train_and_val
 from training.inspection import plain_backbone
 from training.online_knn import OnlineKnn
 from training.rows import read_rows
@@ -46,14 +47,13 @@ def test_it_is_the_evaluation_of_a_finished_model(folder: Path) -> None:
         backbone.eval()
         with torch.inference_mode():
             offline = knn.evaluate(
-                open_pictures([folder / "train"]),
-                open_pictures([folder / "val"]),
+                *open_train_and_val([f"{folder}/train"], [f"{folder}/val"]),
                 view,
-                lambda batch, network=backbone: network(batch).cls,
+                lambda batch, network=backbone: {"cls": network(batch).cls},
                 ks=[5],
-                device=CPU.device,
+                here=CPU,
                 workers=0,
-            )["5"]
+            )["cls"]["5"]
         assert results[f"knn/{name}_top1"] == pytest.approx(offline["top1"])
         assert results[f"knn/{name}_top5"] == pytest.approx(offline["top5"])
     assert 25 < results["knn/teacher_top1"] <= 100

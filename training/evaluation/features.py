@@ -1,6 +1,6 @@
-"""A network's embeddings of many pictures, in order, with a progress bar."""
+"""A network's vectors of many pictures, in chunks and in order, with a progress bar."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from PIL import Image
@@ -9,75 +9,124 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from backbone.artifact import Artifact
+from backbone.descriptors import check_descriptors, describe
 from training.decoding import decode
+from training.distributed import World, gather_rows
 from training.precision import autocast, autocast_dtype
 from training.sources import Pictures
 from training.workers import worker_settings
 
+View = Callable[[Image.Image], Tensor]
+"""Picture -> normalised tensor [C, H, W], run in the workers."""
 
-class _Views(Dataset[Tensor]):
-    def __init__(self, pictures: Pictures, view: Callable[[Image.Image], Tensor]) -> None:
-        self._pictures = pictures
-        self._view = view
+Embed = Callable[[Tensor], Mapping[str, Tensor]]
+"""Batch of views on the device -> vectors [B, D] by descriptor, float32 on the same device."""
 
-    def __len__(self) -> int:
-        return len(self._pictures.names)
 
-    def __getitem__(self, i: int) -> Tensor:
-        return self._view(decode(self._pictures.read(i), self._pictures.names[i]))
+def share(count: int, here: World) -> range:
+    """This process's part of `count` pictures: neighbours, so that archives are read in order."""
+    return range(count * here.rank // here.size, count * (here.rank + 1) // here.size)
 
 
 @torch.inference_mode()
-def extract(
+def stream(
     pictures: Pictures,
-    view: Callable[[Image.Image], Tensor],
-    embed: Callable[[Tensor], Tensor],
+    view: View,
+    embed: Embed,
     *,
-    device: torch.device,
+    here: World,
     batch_size: int = 256,
     workers: int = 2,
     title: str = "features",
-) -> Tensor:
-    """Embeds every picture: [len(pictures), D], float32 on the CPU.
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Embeds this process's share, batch by batch: places [B] and vectors [B, D] on its device.
+
+    Nothing is kept: what is asked of a million pictures can be asked of each batch.
 
     Args:
-        view: picture -> tensor, run in the workers.
-        embed: batch of views on `device` -> [B, D].
+        batch_size: 1 where views differ in size.
+
+    Raises:
+        DataError: a picture that cannot be read; it is named.
     """
+    places = share(len(pictures.names), here)
     loader = DataLoader(
-        _Views(pictures, view),
+        _Views(pictures, view, places),
         batch_size=batch_size,
-        pin_memory=device.type == "cuda",
+        pin_memory=here.device.type == "cuda",
         **worker_settings(workers),
     )
-    parts: list[Tensor] = []
-    with tqdm(total=len(pictures.names), unit="picture", desc=title, dynamic_ncols=True) as bar:
-        for batch in loader:
-            parts.append(embed(batch.to(device, non_blocking=True)).float().cpu())
+    with tqdm(
+        total=len(places), unit="picture", desc=title, dynamic_ncols=True, disable=not here.is_main
+    ) as bar:
+        for at, batch in loader:
+            yield at, dict(embed(batch.to(here.device, non_blocking=True)))
             bar.update(len(batch))
-    return torch.cat(parts)
+
+
+def extract(
+    pictures: Pictures,
+    view: View,
+    embed: Embed,
+    *,
+    here: World,
+    batch_size: int = 256,
+    workers: int = 2,
+    title: str = "features",
+) -> dict[str, Tensor]:
+    """The vectors of every picture in one matrix for each descriptor, [N, D] float32 on the CPU.
+
+    Every process computes its share and gets all of them. For sets whose vectors fit the memory;
+    see `stream` for others.
+
+    Raises:
+        DataError: a picture that cannot be read; it is named.
+    """
+    parts: dict[str, list[Tensor]] = {}
+    for _, found in stream(
+        pictures, view, embed, here=here, batch_size=batch_size, workers=workers, title=title
+    ):
+        for name, vectors in found.items():
+            parts.setdefault(name, []).append(vectors.cpu())
+    return {name: gather_rows(torch.cat(each), here) for name, each in parts.items()}
 
 
 def embedder(
-    artifact: Artifact, device: torch.device, *, precision: str = "fp32"
-) -> Callable[[Tensor], Tensor]:
-    """Batches of views on `device` -> CLS of the artifact's network.
+    artifact: Artifact,
+    device: torch.device,
+    *,
+    precision: str = "fp32",
+    descriptors: Sequence[str] = ("cls",),
+) -> Embed:
+    """Batches of views on `device` -> their descriptors, by one forward of the artifact's network.
 
-    `precision` is "fp32", or "bf16" for twice the speed at a rounding of one part in 256.
+    Args:
+        precision: "fp32", "fp16", "bf16" or "auto", as recipes name them.
+        descriptors: see `backbone.descriptors.describe`.
+
+    Raises:
+        ValueError: a descriptor that is unknown, or that the network does not have.
     """
     network = artifact.network().to(device)
+    check_descriptors(network, descriptors)
     dtype = autocast_dtype(precision, device)
 
-    def embed(batch: Tensor) -> Tensor:
+    def embed(batch: Tensor) -> dict[str, Tensor]:
         with autocast(device, dtype):
-            cls: Tensor = network(batch).cls
-        return cls.float()
+            found = describe(network, batch, descriptors)
+        return {name: vectors.float() for name, vectors in found.items()}
 
     return embed
 
 
-def class_indices(*labels: Sequence[str]) -> tuple[list[str], list[Tensor]]:
-    """The sorted classes of several lists of labels, and each list as indices into them."""
-    classes = sorted(set().union(*labels))
-    index = {name: i for i, name in enumerate(classes)}
-    return classes, [torch.tensor([index[name] for name in part]) for part in labels]
+class _Views(Dataset[tuple[int, Tensor]]):
+    def __init__(self, pictures: Pictures, view: View, places: range) -> None:
+        self._pictures, self._view, self._places = pictures, view, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, i: int) -> tuple[int, Tensor]:
+        place = self._places[i]
+        picture = decode(self._pictures.read(place), self._pictures.names[place])
+        return place, self._view(picture)

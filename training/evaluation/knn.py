@@ -1,21 +1,25 @@
 """Weighted k-NN classification on frozen features (paper, section 4.1; arXiv 1805.01978)."""
 
 import argparse
-import json
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-from backbone.pretrained import load_model
-from training.distributed import choose_device
-from training.evaluation.features import class_indices, embedder, extract
-from training.sources import DataError, Pictures, class_labels, open_pictures
+from training.distributed import World
+from training.evaluation.command import (
+    add_common_options,
+    describe_data,
+    positive,
+    session,
+    tell,
+)
+from training.evaluation.features import Embed, View, embedder, extract
+from training.evaluation.labelled import Labelled, open_train_and_val
+from training.sources import DataError
 
 TEMPERATURE = 0.07
 _CHUNK = 512
@@ -63,84 +67,85 @@ def accuracy(ranked: Tensor, truth: Tensor) -> dict[str, float]:
 
 
 def evaluate(
-    train: Pictures,
-    val: Pictures,
-    view: Callable[[Image.Image], Tensor],
-    embed: Callable[[Tensor], Tensor],
+    train: Labelled,
+    val: Labelled,
+    view: View,
+    embed: Embed,
     *,
     ks: Sequence[int],
-    device: torch.device,
+    here: World,
     temperature: float = TEMPERATURE,
+    batch_size: int = 256,
     workers: int = 2,
-) -> dict[str, dict[str, float]]:
-    """k-NN of `val` against the bank `train`; {"20": {"top1": .., "top5": ..}} for each k.
+) -> dict[str, dict[str, dict[str, float]]]:
+    """k-NN of `val` against the bank `train`: {"cls": {"20": {"top1": .., "top5": ..}}}.
 
     Raises:
-        DataError: pictures outside class folders, or classes in `val` that `train` lacks.
+        DataError: a picture that cannot be read.
     """
-    classes, (bank_labels, truth) = class_indices(
-        class_labels(train, where="--train"), class_labels(val, where="--val")
+    features = partial(
+        extract, view=view, embed=embed, here=here, batch_size=batch_size, workers=workers
     )
-    present = set(bank_labels.tolist())
-    if absent := [classes[i] for i in sorted(set(truth.tolist()) - present)]:
-        raise DataError(f"--val has {len(absent)} classes that --train lacks, e.g. {absent[:3]}")
-    features = partial(extract, view=view, embed=embed, device=device, workers=workers)
-    queries = F.normalize(features(val, title="val"), dim=1)
-    bank = F.normalize(features(train, title="train"), dim=1)
-    results = {}
-    for k in ks:
-        ranked = classify(
-            bank, bank_labels, queries, k=k, classes=len(classes), temperature=temperature
-        )
-        results[str(k)] = accuracy(ranked, truth)
+    queries, bank = features(val.pictures, title="val"), features(train.pictures, title="train")
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    for name, found in queries.items():
+        normalised = F.normalize(found, dim=1), F.normalize(bank[name], dim=1)
+        results[name] = {}
+        for k in ks:
+            ranked = classify(
+                normalised[1],
+                train.labels,
+                normalised[0],
+                k=k,
+                classes=len(train.classes),
+                temperature=temperature,
+            )
+            results[name][str(k)] = accuracy(ranked, val.labels)
     return results
 
 
 def add_command(names: Any) -> None:
     """Adds `knn` to the command line of `python -m training.evaluation`."""
     parser: argparse.ArgumentParser = names.add_parser("knn", help=__doc__, description=__doc__)
-    parser.add_argument("--model", required=True, help="default, a known name, or a path")
+    add_common_options(parser)
     parser.add_argument("--train", required=True, nargs="+", help="the bank: class folders or tars")
     parser.add_argument("--val", required=True, nargs="+", help="the queries, likewise")
-    parser.add_argument("--k", type=int, nargs="+", default=[10, 20, 100, 200])
+    parser.add_argument("--k", type=positive, nargs="+", default=[10, 20, 100, 200])
     parser.add_argument("--temperature", type=float, default=TEMPERATURE)
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> None:
-    device = choose_device(options.device)
-    model = load_model(options.model)
-    train, val = open_pictures(options.train), open_pictures(options.val)
-    too_many = [k for k in options.k if not 1 <= k <= len(train.names)]
-    if too_many:
-        raise DataError(f"--k {too_many[0]}: --train holds {len(train.names)} pictures")
-    results = evaluate(
-        train,
-        val,
-        model.artifact.preprocess.centre_crop,
-        embedder(model.artifact, device),
-        ks=options.k,
-        device=device,
-        temperature=options.temperature,
-        workers=options.workers,
-    )
-    if options.json:
-        print(
-            json.dumps(
-                {
-                    "model": model.name,
-                    "fingerprint": model.artifact.fingerprint,
-                    "train": len(train.names),
-                    "val": len(val.names),
-                    "knn": results,
-                }
+    with session(options) as own:
+        train, val = open_train_and_val(options.train, options.val)
+        if too_many := [k for k in options.k if k > len(train.labels)]:
+            raise DataError(f"--k {too_many[0]}: --train holds {len(train.labels)} pictures")
+        results = evaluate(
+            train,
+            val,
+            own.artifact.preprocess.centre_crop,
+            embedder(own.artifact, own.here.device, precision=own.precision),
+            ks=options.k,
+            here=own.here,
+            temperature=options.temperature,
+            batch_size=own.batch_size,
+            workers=own.workers,
+        )["cls"]
+        lines = [f"k-NN of {len(val.labels)} pictures against {len(train.labels)}, model "
+                 f"{own.model.name}"]  # fmt: skip
+        for k, result in results.items():
+            lines.append(
+                f"  k = {k:>4}: top-1 {result['top1']:5.2f} %, top-5 {result['top5']:5.2f} %"
             )
+        tell(
+            options,
+            own,
+            name="knn",
+            figures={"knn": results},
+            protocol={"k": options.k, "temperature": options.temperature},
+            data={
+                "train": describe_data(options.train, train.pictures),
+                "val": describe_data(options.val, val.pictures),
+            },
+            table="\n".join(lines),
         )
-        return
-    print(f"k-NN of {len(val.names)} pictures against {len(train.names)}, model {model.name}")
-    for k, result in results.items():
-        print(f"  k = {k:>4}: top-1 {result['top1']:5.2f} %, top-5 {result['top5']:5.2f} %")
-    sys.stdout.flush()
