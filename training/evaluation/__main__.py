@@ -10,12 +10,15 @@ from training.data import one_line
 from training.evaluation import knn
 from training.sources import DataError
 
+EVALUATIONS = (knn,)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for a model or data that cannot be used."""
     parser = argparse.ArgumentParser(prog="python -m training.evaluation", description=__doc__)
     names = parser.add_subparsers(required=True, metavar="NAME")
-    knn.add_command(names)
+    for evaluation in EVALUATIONS:
+        evaluation.add_command(names)
     options = parser.parse_args(arguments)
     try:
         options.run(options)
