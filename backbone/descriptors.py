@@ -80,7 +80,8 @@ def check_descriptors(network: Backbone, names: Sequence[str]) -> None:
             raise ValueError(f"descriptor {name!r} is none of {', '.join(DESCRIPTOR_FORMS)}")
         depth = len(network.blocks) if isinstance(network, VisionTransformer) else 1
         if last_n > depth:
-            raise ValueError(f"descriptor {name!r}: the network has {depth} blocks")
+            blocks = f"{depth} block" + ("s" if depth > 1 else "")
+            raise ValueError(f"descriptor {name!r}: the network has {blocks}")
 
 
 def describe(network: Backbone, pictures: Tensor, names: Sequence[str]) -> dict[str, Tensor]:

@@ -53,7 +53,7 @@ def train_and_val(
     if absent := sorted(set(asked) - set(known)):
         name = queries.names[asked.index(absent[0])]
         raise DataError(
-            f"--val has {len(absent)} classes that --train lacks, e.g. {absent[0]!r} of {name!r}; "
+            f"--val has {len(absent)} {_classes(len(absent))} that --train lacks, e.g. {absent[0]!r} of {name!r}; "
             f"--train has {len(set(known))}, e.g. {min(known)!r}: class folders must have the same "
             "names in both"
         )
@@ -72,7 +72,8 @@ def check_class_sizes(pictures: Pictures, labels: Sequence[str], *, least: int, 
     if few:
         name, count = pictures.names[labels.index(few[0])], counts[few[0]]
         found = f"{count} picture" + ("s" if count > 1 else "")
-        others = f", and {len(few) - 1} other classes have too few" if len(few) > 1 else ""
+        more = len(few) - 1
+        others = f", and {more} other {_classes(more)} too few" if more else ""
         raise DataError(
             f"class {few[0]!r} in {where} has {found} ({name!r}){others}; "
             f"each class needs at least {least}"
@@ -84,3 +85,7 @@ def class_indices(*labels: Sequence[str]) -> tuple[list[str], list[Tensor]]:
     classes = sorted(set().union(*labels))
     index = {name: i for i, name in enumerate(classes)}
     return classes, [torch.tensor([index[name] for name in part]) for part in labels]
+
+
+def _classes(count: int) -> str:
+    return "class" if count == 1 else "classes"
