@@ -53,9 +53,9 @@ def train_and_val(
     if absent := sorted(set(asked) - set(known)):
         name = queries.names[asked.index(absent[0])]
         raise DataError(
-            f"--val has {len(absent)} {_classes(len(absent))} that --train lacks, e.g. {absent[0]!r} of {name!r}; "
-            f"--train has {len(set(known))}, e.g. {min(known)!r}: class folders must have the same "
-            "names in both"
+            f"--val has {len(absent)} {_classes(len(absent))} that --train lacks, e.g. "
+            f"{absent[0]!r} of {name!r}; --train has {len(set(known))}, e.g. {min(known)!r}: class "
+            "folders must have the same names in both"
         )
     classes, (bank_labels, query_labels) = class_indices(known, asked)
     return Labelled(bank, bank_labels, classes), Labelled(queries, query_labels, classes)
