@@ -122,6 +122,6 @@ def test_the_batch_script_queues_itself_again_when_its_time_is_up(
     done = subprocess.run(arguments, env=environment, check=False)
     assert done.returncode == status
     said = (tmp_path / "said").read_text().splitlines()
-    assert said[:3] == ["srun", "--cpus-per-task=12", "--kill-on-bad-exit=0"]
-    assert said[4:8] == ["-m", "training.pretrain", "a recipe.toml", "data.train=x"]
-    assert said[8:] == (["scontrol", "requeue", "77"] if requeued else [])
+    assert said[:4] == ["srun", "--cpus-per-task=12", "--kill-on-bad-exit=0", "--wait=120"]
+    assert said[5:9] == ["-m", "training.pretrain", "a recipe.toml", "data.train=x"]
+    assert said[9:] == (["scontrol", "requeue", "77"] if requeued else [])
