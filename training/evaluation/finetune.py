@@ -45,7 +45,7 @@ def add_command(names: Any) -> None:
     add("--out", required=True, type=Path, help="folder for snapshots and the fine-tuned network")
     add("--from-scratch", action="store_true", help="random weights in the place of the model's")
     add("--image-size", type=positive, help="pixels; default: the model's own crop")
-    add("--epochs", type=positive, default=100, help="300 in the paper; default: %(default)s")
+    add("--epochs", type=positive, default=100, help="DeiT: 300; default: %(default)s")
     add("--warmup-epochs", type=float, help="default: 5, at most a tenth of --epochs")
     rule = f"x --batch-size x processes / {LR_BATCH}; default: %(default)s"
     add("--init-lr", type=float, default=5e-4, help=f"highest learning rate, {rule}")

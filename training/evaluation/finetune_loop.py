@@ -100,7 +100,12 @@ def fit(
     parallel: nn.Module = classifier
     if here.size > 1:
         device_ids = [here.device] if here.device.type == "cuda" else None
-        parallel = DistributedDataParallel(classifier, device_ids=device_ids)
+        parallel = DistributedDataParallel(
+            classifier,
+            device_ids=device_ids,
+            # A layer has no gradient where all of a small batch drop it.
+            find_unused_parameters=protocol.drop_path**protocol.batch_size > 1e-12,
+        )
     loader = training_loader(
         train, view, plan, start=start, stop=stop, device=here.device, workers=workers
     )
