@@ -3,8 +3,9 @@
 import hashlib
 import importlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,7 @@ def training_view(preprocess: Preprocess, protocol: Protocol) -> View:
             f"--auto-augment {policy!r} is none of timm's policies ({error}); take one such as "
             "rand-m9-mstd0.5-inc1, or none"
         ) from error
+    _keep_a_bit(colours)
     erase = timm.random_erasing.RandomErasing(protocol.erasing, mode="pixel", device="cpu")
 
     def view(picture: Image.Image) -> Tensor:
@@ -146,6 +148,23 @@ class Mixer:
         with drawn_from(key):
             pictures, targets = self._mixup(pictures, labels)
         return pictures, targets
+
+
+def _keep_a_bit(colours: Any) -> None:
+    """Lets a policy's posterizing keep 1 bit where it would keep none.
+
+    At its greatest magnitude timm asks for 0 bits: a black picture with older versions of Pillow,
+    and an error with newer ones.
+    """
+    for stage in colours.transforms:
+        policy = (op for part in getattr(stage, "policy", ()) for op in part)
+        for op in (*getattr(stage, "ops", ()), *policy):
+            if op.name.startswith("Posterize"):
+                op.aug_fn = partial(_posterize, op.aug_fn)
+
+
+def _posterize(whole: Callable[..., Any], picture: Image.Image, bits: int, **more: Any) -> Any:
+    return whole(picture, max(1, bits), **more)
 
 
 class _Views(Dataset[tuple[Tensor, int]]):

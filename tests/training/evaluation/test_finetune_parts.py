@@ -183,6 +183,14 @@ def test_views_have_the_models_channels(channels: int) -> None:
             assert view(Image.new("RGB", size, "red")).shape == (channels, 16, 16)
 
 
+@pytest.mark.parametrize("policy", ["rand-m10-n9-p1-inc1", "rand-m0-n9-p1", "v0", "original"])
+def test_policies_work_at_their_greatest_strength(policy: str) -> None:
+    view = training_view(Preprocess(resize=16, crop=16), protocol(auto_augment=policy))
+    for i in range(60):
+        with drawn_from(str(i)):
+            assert bool(view(picture(i)).isfinite().all())
+
+
 def test_without_augmentation_a_view_is_a_crop_perhaps_flipped() -> None:
     plain = protocol(auto_augment="none", erasing=0.0, min_scale=1.0)
     settings = Preprocess(resize=16, crop=16)
