@@ -97,15 +97,7 @@ def fit(
         optimizer.load_state_dict(state["optimizer"])
         total, curve = state["loss"], state["curve"]
         del found, state
-    parallel: nn.Module = classifier
-    if here.size > 1:
-        device_ids = [here.device] if here.device.type == "cuda" else None
-        parallel = DistributedDataParallel(
-            classifier,
-            device_ids=device_ids,
-            # A layer has no gradient where all of a small batch drop it.
-            find_unused_parameters=protocol.drop_path**protocol.batch_size > 1e-12,
-        )
+    parallel = _parallel(classifier, protocol, here)
     loader = training_loader(
         train, view, plan, start=start, stop=stop, device=here.device, workers=workers
     )
@@ -144,7 +136,7 @@ def fit(
                 if here.is_main:
                     tqdm.write(line(curve[-1], protocol.epochs), file=sys.stderr)
             wanted = request.wanted() and not last
-            if last or wanted or _is_due(step + 1, snapshot_steps or per_epoch):
+            if last or wanted or (step + 1) % (snapshot_steps or per_epoch) == 0:
                 _finite(total, len(curve) + 1)
                 state = {
                     "step": step + 1,
@@ -236,8 +228,16 @@ def line(row: Row, epochs: int) -> str:
     )
 
 
-def _is_due(step: int, every: int) -> bool:
-    return step % every == 0
+def _parallel(classifier: Classifier, protocol: Protocol, here: World) -> nn.Module:
+    """What is called in training: the classifier, over several processes wrapped in DDP."""
+    if here.size == 1:
+        return classifier
+    return DistributedDataParallel(
+        classifier,
+        device_ids=[here.device] if here.device.type == "cuda" else None,
+        # A block has no gradient where all of a small batch drop it.
+        find_unused_parameters=protocol.drop_path**protocol.batch_size > 1e-12,
+    )
 
 
 def _finite(total: Tensor, epoch: int) -> float:
