@@ -81,13 +81,10 @@ class Nearest:
             ValueError: together they were given fewer than k vectors.
         """
         self._search()
-        chunks = self._keys.split(max(1, _SIMILARITIES // (2 * self._k * here.size)))
-        merged = [
-            # [processes * chunk, k] -> [chunk, processes * k]
-            _best(gather_rows(chunk, here).unflatten(0, (here.size, -1)).transpose(0, 1).flatten(1),
-                  self._k)
-            for chunk in chunks
-        ]  # fmt: skip
+        merged = []
+        for chunk in torch.split(self._keys, max(1, _SIMILARITIES // (2 * self._k * here.size))):
+            by_process = gather_rows(chunk, here).reshape(here.size, len(chunk), self._k)
+            merged.append(_best(by_process.transpose(0, 1).flatten(1), self._k))
         return self._unpacked(torch.cat(merged))
 
     def _search(self) -> None:
@@ -98,8 +95,12 @@ class Nearest:
         if not len(places):
             return
         rows = max(1, _SIMILARITIES // len(places))
-        for queries, keys in zip(self._queries.split(rows), self._keys.split(rows), strict=True):
-            keys.copy_(_best(torch.cat((keys, self._keys_of(queries, places, vectors)), 1), self._k))
+        for queries, keys in zip(
+            torch.split(self._queries, rows), torch.split(self._keys, rows), strict=True
+        ):
+            keys.copy_(
+                _best(torch.cat((keys, self._keys_of(queries, places, vectors)), 1), self._k)
+            )
 
     def _keys_of(self, queries: Tensor, places: Tensor, vectors: Tensor) -> Tensor:
         """The best keys of one block, [chunk, at most k]."""
@@ -112,7 +113,7 @@ class Nearest:
         # Which of equals `topk` takes is chance, so where the last one in equals the first one out
         # the keys of the whole row decide. That is rare, and they take four times as long.
         tied = (values[:, k - 1] == values[:, k]).nonzero().flatten()
-        for some in tied.split(max(1, _SIMILARITIES // (4 * count))):
+        for some in torch.split(tied, max(1, _SIMILARITIES // (4 * count))):
             keys[some] = _best(_pack(similarity[some], places), k)
         return keys
 
@@ -130,7 +131,7 @@ def _top(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
         values, columns = similarity.topk(k)
         return values, columns
     grouped = groups * _GROUP  # group g is the columns g, g + groups, g + 2 * groups, ...
-    best = similarity[:, :grouped].unflatten(1, (_GROUP, groups)).amax(dim=1).topk(k).indices
+    best = similarity[:, :grouped].reshape(-1, _GROUP, groups).amax(dim=1).topk(k).indices
     steps = torch.arange(0, grouped, groups, device=similarity.device)
     rest = torch.arange(grouped, count, device=similarity.device).expand(len(similarity), -1)
     columns = torch.cat(((best[:, :, None] + steps).flatten(1), rest), dim=1)
