@@ -4,6 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from tqdm import tqdm
+
 from backbone.artifact import ArtifactError
 from training.config import ConfigError
 from training.data import one_line
@@ -23,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except (ArtifactError, ConfigError, DataError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        # On a line of its own, where a bar still stands.
+        tqdm.write(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 
