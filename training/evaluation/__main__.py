@@ -9,10 +9,10 @@ from tqdm import tqdm
 from backbone.artifact import ArtifactError
 from training.config import ConfigError
 from training.data import one_line
-from training.evaluation import knn
+from training.evaluation import finetune, knn
 from training.sources import DataError
 
-EVALUATIONS = (knn,)
+EVALUATIONS = (knn, finetune)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
