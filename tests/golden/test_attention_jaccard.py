@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.golden.conftest import Golden
-from training.evaluation.attention_jaccard import cells, score
+from training.evaluation.jaccard import cells, score
 from training.evaluation.masks import ObjectMask
 
 

@@ -17,7 +17,7 @@ from backbone.descriptors import mass_mask
 from backbone.preprocess import Preprocess
 from tests.training.conftest import ROOT, finish, picture
 from training.evaluation.__main__ import main
-from training.evaluation.attention_jaccard import cells, jaccard, score, summarise
+from training.evaluation.jaccard import cells, jaccard, score, summarise
 from training.evaluation.masks import ObjectMask, open_pairs, read_mask, read_voc
 
 ECSSD = ROOT.parent / "shared" / "data" / "ecssd"
