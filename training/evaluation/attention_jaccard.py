@@ -39,7 +39,9 @@ def add_command(names: Any) -> None:
         "attention_jaccard", help=__doc__, description=__doc__
     )
     add_common_options(parser, batch_size=16)
-    add_data_options(parser)
+    parser.add_argument("--images", type=Path, help="a folder of pictures ...")
+    parser.add_argument("--masks", type=Path, help="... and one of their masks, of the same names")
+    parser.add_argument("--voc", type=Path, help="instead of both: VOC2012")
     parser.add_argument("--mass", type=float, nargs="+", default=[MASS], help="kept; 0.6, 0.8")
     parser.add_argument(
         "--size", type=positive, help="short side of views (default: 480/224 of the model's crop)"
@@ -52,43 +54,20 @@ def add_command(names: Any) -> None:
     parser.set_defaults(run=_run)
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """Adds --images, --masks and --voc; see `open_data`."""
-    parser.add_argument("--images", type=Path, help="a folder of pictures ...")
-    parser.add_argument("--masks", type=Path, help="... and one of their masks, of the same names")
-    parser.add_argument("--voc", type=Path, help="instead of both: VOC2012")
-
-
-def open_data(options: argparse.Namespace) -> Pairs:
-    """What the options of `add_data_options` name.
-
-    Raises:
-        ConfigError: not just one form of data.
-        DataError: data that cannot be used.
-    """
-    pair = (options.images, options.masks)
-    if options.voc is not None and pair == (None, None):
-        return open_voc(options.voc)
-    if options.voc is not None or None in pair:
-        raise ConfigError("give --images DIR and --masks DIR, or --voc DIR alone")
-    return open_pairs(*pair)
-
-
 def _run(options: argparse.Namespace) -> None:
     for mass in options.mass:
         if not 0.0 < mass <= 1.0:
             raise ConfigError(f"--mass {mass}: must be above 0 and at most 1")
     with session(options) as own:
-        models = {options.model: own.model}
+        asked = options.model if own.model.name in options.beside else own.model.name
+        models = {asked: own.model}
         for name in options.beside:
             models[name] = _untrained(own.model, options.seed) if name == UNTRAINED else _load(name)
         for name, model in models.items():
             _check(name, model.artifact, options.size)
-        pairs = open_data(options)
-        results = {
-            name: _measure(model, name, pairs, options, own) for name, model in models.items()
-        }
-        scores, figures = results[options.model]
+        pairs = _open_data(options)
+        results = {name: _measure(model, pairs, options, own) for name, model in models.items()}
+        scores, figures = results[asked]
         empty = int(scores[:, 0, 0].isnan().sum())
         beside = {name: results[name][1] | describe_model(models[name]) for name in options.beside}
         if options.save_examples is not None and own.here.is_main:
@@ -112,8 +91,17 @@ def _run(options: argparse.Namespace) -> None:
         )
 
 
+def _open_data(options: argparse.Namespace) -> Pairs:
+    pair = (options.images, options.masks)
+    if options.voc is not None and pair == (None, None):
+        return open_voc(options.voc)
+    if options.voc is not None or None in pair:
+        raise ConfigError("give --images DIR and --masks DIR, or --voc DIR alone")
+    return open_pairs(*pair)
+
+
 def _measure(
-    model: NamedModel, name: str, pairs: Pairs, options: argparse.Namespace, own: Session
+    model: NamedModel, pairs: Pairs, options: argparse.Namespace, own: Session
 ) -> tuple[Tensor, dict[str, Any]]:
     """Every picture's scores, and the figures: those of the first mass, and of each."""
     size = _size(options.size, model.artifact)
@@ -126,7 +114,7 @@ def _measure(
         precision=own.precision,
         batch_size=own.batch_size,
         workers=own.workers,
-        title=name,
+        title=model.name,
     )
     if bool(scores[:, 0, 0].isnan().all()):
         raise DataError(f"none of the {len(scores)} masks holds an object; {pairs.rule}")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 from backbone.artifact import ArtifactError
 from training.config import ConfigError
 from training.data import one_line
-from training.distributed import place
+from training.distributed import World
 from training.evaluation.command import (
     Session,
     add_common_options,
@@ -45,9 +45,13 @@ _DATA: Mapping[str, str] = {
 }
 """The options that name data, without their dashes, and what they are for."""
 
-_SOURCES = ("images", "val", "train", "synthetic-copies", "retrieval-labels", "voc", "retrieval",
-            "copydays", "davis")  # fmt: skip
-"""Where pictures for attention maps are taken from: the first that is given."""
+_SOURCES: Mapping[str, str] = {
+    **dict.fromkeys(("images", "val", "train", "synthetic-copies", "retrieval-labels"), ""),
+    "voc": "JPEGImages",
+    "davis": "JPEGImages",
+    **dict.fromkeys(("retrieval", "copydays"), ""),
+}
+"""Where pictures for attention maps are taken from, the first that is given: option -> folder."""
 
 _MEASURES = ("evaluation", "model", "fingerprint", "architecture", "preprocess")
 
@@ -107,7 +111,7 @@ def add_command(names: Any) -> None:
         nargs="+",
         default=[],
         metavar='NAME="--MORE"',
-        help='more options for an evaluation, such as linear="--epochs 10"',
+        help='more options for an evaluation, or a part of the page: linear="--epochs 10"',
     )
     parser.add_argument("--pictures", type=positive, default=6, help="whose attention is shown")
     parser.add_argument("--queries", type=positive, default=8, help="whose neighbours are shown")
@@ -124,9 +128,9 @@ def _run(options: argparse.Namespace) -> int:
             workers=options.default_workers if options.workers is None else options.workers,
         )
         options.out.mkdir(parents=True, exist_ok=True)
-        found = {job.name: _evaluate(job, options, more.get(job.evaluation, [])) for job in jobs}
-        seen = _attempt("attention maps", lambda: _attention(options, own))
-        confused = _attempt("neighbours", lambda: _confusion(options, own))
+        found = {job.name: _evaluate(job, options, more, own.here) for job in jobs}
+        seen = _attempt("attention maps", lambda: _attention(options, own), own.here)
+        confused = _attempt("neighbours", lambda: _confusion(options, own), own.here)
         path = options.out / "report.html"
         if own.here.is_main:
             # Here, so that no other evaluation waits for the library that draws.
@@ -180,8 +184,8 @@ def _chosen(options: argparse.Namespace) -> list[Job]:
 
 
 def _more(given: Sequence[str]) -> dict[str, list[str]]:
-    """--options as lists of arguments by evaluation."""
-    known = {job.evaluation for job in JOBS}
+    """--options as lists of arguments, by evaluation or part of the page."""
+    known = {name for job in JOBS for name in (job.evaluation, job.name)}
     found = {}
     for text in given:
         name, equals, rest = text.partition("=")
@@ -197,7 +201,9 @@ def _given(options: argparse.Namespace, name: str) -> Any:
     return getattr(options, name.replace("-", "_"))
 
 
-def _evaluate(job: Job, options: argparse.Namespace, more: Sequence[str]) -> Part[dict[str, Any]]:
+def _evaluate(
+    job: Job, options: argparse.Namespace, more: Mapping[str, list[str]], here: World
+) -> Part[dict[str, Any]]:
     """Runs one command; its figures are what it gives when it is run alone."""
     # Here, since that module's list of evaluations holds this one.
     from training.evaluation.__main__ import run
@@ -213,25 +219,27 @@ def _evaluate(job: Job, options: argparse.Namespace, more: Sequence[str]) -> Par
         arguments += [option, *(given if isinstance(given, list) else [given])]
     if job.out:
         arguments += [job.out, str(options.out / job.name)]
+    for name in dict.fromkeys((job.evaluation, job.name)):
+        arguments += more.get(name, [])
     table = io.StringIO()
 
     def evaluate() -> dict[str, Any]:
-        file.unlink(missing_ok=True)  # of an earlier report
+        if here.is_main:
+            file.unlink(missing_ok=True)  # of an earlier report
         try:
             with contextlib.redirect_stdout(table):
-                run([*arguments, *more])
+                run(arguments)
         except SystemExit as error:  # the parser has said why, on stderr
-            line = shlex.join([*arguments, *more])
-            raise ConfigError(f"this command line is refused: {line}") from error
-        if place().rank > 0:  # it wrote nothing
+            raise ConfigError(f"this command line is refused: {shlex.join(arguments)}") from error
+        if not here.is_main:  # it wrote nothing
             return {}
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return found
 
-    return _attempt(job.name, evaluate)._replace(table=table.getvalue().rstrip())
+    return _attempt(job.name, evaluate, here)._replace(table=table.getvalue().rstrip())
 
 
-def _attempt(name: str, work: Callable[[], T]) -> Part[T]:
+def _attempt(name: str, work: Callable[[], T], here: World) -> Part[T]:
     """What `work` gives, or why it gave nothing: said here and, for the page, in the answer.
 
     Several processes cannot go on: the others may be waiting for the one that failed.
@@ -239,11 +247,11 @@ def _attempt(name: str, work: Callable[[], T]) -> Part[T]:
     try:
         return Part(name, work())
     except (ArtifactError, ConfigError, DataError) as error:
-        if place().size > 1:
+        if here.size > 1:
             raise
         said = one_line(error)
     except Exception as error:
-        if place().size > 1:
+        if here.size > 1:
             raise
         traceback.print_exc()
         said = f"{type(error).__name__}: {error}"
@@ -258,10 +266,12 @@ def _plain(part: Part[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _attention(options: argparse.Namespace, own: Session) -> list[Attention] | None:
-    source = next((_given(options, name) for name in _SOURCES if _given(options, name)), None)
-    if source is None or not own.artifact.architecture.has_attention or not own.here.is_main:
+    name = next((name for name in _SOURCES if _given(options, name) is not None), None)
+    if name is None or not own.artifact.architecture.has_attention or not own.here.is_main:
         return None
-    pictures = open_pictures(source if isinstance(source, list) else [source])
+    given = _given(options, name)
+    paths = given if isinstance(given, list) else [given]
+    pictures = open_pictures([Path(path) / _SOURCES[name] for path in paths])
     return look_at(pictures, options.pictures, own)
 
 

@@ -1,7 +1,6 @@
 import json
 import math
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ from backbone.architectures import Architecture
 from backbone.artifact import Artifact, write_artifact
 from backbone.descriptors import mass_mask
 from backbone.preprocess import Preprocess
-from tests.training.conftest import ROOT, finish, picture
+from tests.training.conftest import ROOT, picture
 from training.evaluation.__main__ import main
-from training.evaluation.jaccard import cells, jaccard, score, summarise
+from training.evaluation.jaccard import _alike, _Sample, cells, jaccard, score, summarise
 from training.evaluation.masks import ObjectMask, open_pairs, read_mask, read_voc
 
 ECSSD = ROOT.parent / "shared" / "data" / "ecssd"
@@ -49,14 +48,18 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "tiny.safetensors"
 
 
+def write_pairs(folder: Path) -> None:
+    """Five pictures of three sizes; the last one's mask is empty."""
+    for part in ("images", "masks"):
+        (folder / part).mkdir()
+    for i, size in enumerate(SIZES):
+        picture(i, size).save(folder / "images" / f"{i}.jpg")
+        box(*size, value=0 if i == len(SIZES) - 1 else 255).save(folder / "masks" / f"{i}.png")
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Five pictures of three sizes; the last one's mask is empty."""
-    for folder in ("images", "masks"):
-        (tmp_path / folder).mkdir()
-    for i, size in enumerate(SIZES):
-        picture(i, size).save(tmp_path / "images" / f"{i}.jpg")
-        box(*size, value=0 if i == len(SIZES) - 1 else 255).save(tmp_path / "masks" / f"{i}.png")
+    write_pairs(tmp_path)
     return tmp_path
 
 
@@ -165,22 +168,6 @@ def test_the_table_and_the_examples(
     truth = tiles[:180, 244 : 244 + 240, 0]
     assert (truth[30, 30], truth[5, 5], truth[150, 200]) == (255, 0, 0)
     assert set(np.unique(tiles[:180, 488 : 488 + 240])) == {0, 255}
-
-
-def test_two_processes_share_and_agree_with_one(data: Path, model: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launcher += ["--nproc-per-node=2", "-m", "training.evaluation"]
-    options = command_line(model, data, "--batch-size", "2", "--json")
-    status, out, err = finish([*launcher, *options])
-    assert status == 0, err
-    several = json.loads(out)
-    assert several["environment"]["processes"] == 2
-    single = data / "single.json"
-    assert main(command_line(model, data, "--save", str(single))) == 0
-    one = json.loads(single.read_text())
-    for key in ("jaccard_best_head", "jaccard_mean", "jaccard_of_mean_map", "jaccard_per_head"):
-        assert several[key] == pytest.approx(one[key], abs=1e-9)
-    assert several["data"] == one["data"]
 
 
 def _no_mask(data: Path) -> None:
@@ -345,6 +332,34 @@ def test_void_counts_for_neither_side() -> None:
     attention = torch.tensor([[[0.5, 0.1, 0.5, 0.1]]])
     found = score(attention, pixels.inside[None], pixels.counted[None], [1.0])
     assert found.tolist() == [[[0.5, 0.5]]]  # all is kept: 4 of the 8 pixels that count
+
+
+def test_views_of_one_size_go_together_and_few_wait() -> None:
+    widths = [8 * (1 + i * i % 7 % 5) for i in range(60)]
+    nothing = torch.zeros(1)
+    taken = 0
+
+    def samples() -> Iterator[_Sample]:
+        for place, width in enumerate(widths):
+            assert place - taken < 4 * 3  # all that were read and not given back
+            yield _Sample(place, torch.zeros(3, 8, width), nothing, nothing)
+
+    places = []
+    for batch in _alike(samples(), 3):
+        assert len(batch) <= 3 * 4
+        assert len({sample.view.shape for sample in batch}) == 1
+        places += [sample.place for sample in batch]
+        taken += len(batch)
+    assert sorted(places) == list(range(60))
+
+
+def test_many_sizes_do_not_pile_up() -> None:
+    nothing = torch.zeros(1)
+    samples = [_Sample(i, torch.zeros(3, 8, 8 * (i + 1)), nothing, nothing) for i in range(20)]
+    given = iter(samples)
+    first = next(_alike(given, 2))
+    assert [sample.place for sample in first] == [0]
+    assert next(given).place == 8  # four batches' views were waiting
 
 
 @pytest.mark.skipif(not ECSSD.is_dir(), reason="needs ../shared/data/ecssd")

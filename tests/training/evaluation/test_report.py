@@ -1,6 +1,7 @@
 import base64
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.training.conftest import finish, picture
-from tests.training.evaluation.test_attention_jaccard import box, write_model
+from tests.training.evaluation.test_attention_jaccard import SIZES, box, write_model, write_pairs
 from tests.training.test_report import Page
 from training.evaluation import knn
 from training.evaluation.__main__ import main
@@ -27,11 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             path = folder / part / f"<{'abc'[i // 4]}>" / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             picture(i // 4).rotate(i % 4).save(path)
-    for i, size in enumerate([(40, 30), (30, 40)]):
-        for part in ("images", "masks"):
-            (folder / part).mkdir(exist_ok=True)
-        picture(i, size).save(folder / "images" / f"{i}.png")
-        box(*size).save(folder / "masks" / f"{i}.png")
+    write_pairs(folder)
     return folder
 
 
@@ -92,9 +89,9 @@ def test_one_page_with_everything(
     for words in ("tiny: evaluations", "vit_tiny", found["fingerprint"], "names_sha256"):
         assert words in page.text
 
-    # Attention: 2 pictures (there are no 9) with 3 heads and their mean; neighbours: 4 x (1 + 5).
-    assert len(jpegs(page)) == 2 * (1 + 1 + 3) + 4 * (1 + 5)
-    assert [tile.size for tile in jpegs(page)[:10]] == [(150, 112)] * 5 + [(112, 150)] * 5
+    # Attention: 5 pictures (there are no 9) with 3 heads and their mean; neighbours: 4 x (1 + 5).
+    assert len(jpegs(page)) == 5 * (1 + 1 + 3) + 4 * (1 + 5)
+    assert [tile.size for tile in jpegs(page)[:15:5]] == [(150, 112), (150, 112), (112, 150)]
     assert page.classes.count("right") + page.classes.count("wrong") == 4 * (1 + 5)
     assert page.classes.count("right") >= 4
     assert "k = 6:" in page.text  # 20, or all there are
@@ -134,7 +131,7 @@ def test_what_fails_is_said_and_the_others_stand(
         assert "jaccard_mean" in found["evaluations"]["attention_jaccard"]
         page = Page(tmp_path / "report.html")
         assert words.replace("knn:", "knn failed:") in page.text
-        assert "attention Jaccard of 2 pictures" in page.text
+        assert "attention Jaccard of 4 pictures" in page.text
         assert page.classes.count("bad") == 1
 
     def breaks(*_: object, **__: object) -> None:
@@ -163,6 +160,22 @@ def test_a_convnet_has_no_attention_and_still_neighbours(
     assert "k-NN of 6 pictures" in page.text
 
 
+def test_a_folder_with_masks_in_it_shows_its_pictures_alone(folder: Path, tmp_path: Path) -> None:
+    voc = tmp_path / "VOC2012"
+    (voc / "ImageSets" / "Segmentation").mkdir(parents=True)
+    (voc / "ImageSets" / "Segmentation" / "val.txt").write_text("0\n1\n")
+    shutil.copytree(folder / "images", voc / "JPEGImages")
+    (voc / "SegmentationClass").mkdir()
+    for i, size in enumerate(SIZES):
+        box(*size, value=15).save(voc / "SegmentationClass" / f"{i}.png")
+    arguments = ["--out", str(tmp_path / "out"), "--voc", str(voc)]
+    assert main(command_line(folder, *arguments, labelled=False, pairs=False)) == 0
+    page = Page(tmp_path / "out" / "report.html")
+    assert len(jpegs(page)) == 5 * (1 + 1 + 3)
+    assert "No neighbours" in page.text
+    assert (tmp_path / "out" / "attention_jaccard_voc.json").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
@@ -188,15 +201,24 @@ def test_options_that_make_no_sense(
     assert not out.exists()
 
 
-def test_two_processes_make_the_same_page(folder: Path, tmp_path: Path) -> None:
+def test_two_processes_find_the_same_and_make_the_same_page(folder: Path, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launcher += ["--nproc-per-node=2", "-m", "training.evaluation"]
     asked = [*OPTIONS, *chosen("knn", "attention_jaccard")]
     several = command_line(folder, "--out", str(tmp_path / "two"), *asked)
     status, out, err = finish([*launcher, *several])
     assert status == 0, err
+    assert out.count("k-NN of 6 pictures") == 1  # one process speaks
     assert out.splitlines()[-1] == str(tmp_path / "two" / "report.html")
     assert main(command_line(folder, "--out", str(tmp_path / "one"), *asked)) == 0
     two, one = (Page(tmp_path / name / "report.html") for name in ("two", "one"))
     assert two.classes == one.classes
     assert len(two.pictures) == len(one.pictures)
+    scores = ("jaccard_best_head", "jaccard_mean", "jaccard_of_mean_map", "jaccard_per_head")
+    several, single = (
+        figures(tmp_path / name / "attention_jaccard.json") for name in ("two", "one")
+    )
+    for key in scores:
+        assert several[key] == pytest.approx(single[key], abs=1e-9)
+    assert several["data"] == single["data"]
+    assert figures(tmp_path / "two" / "knn.json") == figures(tmp_path / "one" / "knn.json")
