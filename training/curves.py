@@ -1,4 +1,4 @@
-"""A run's figures as curves: SVG, drawn for the report."""
+"""Figures as curves and matrices: SVG, drawn for reports."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -16,6 +16,7 @@ Values = npt.NDArray[np.float64]
 
 INK, GREY, RED = "#27313b", "#8a949e", "#c0392b"
 BLUE, ORANGE, GREEN = "#2f6db3", "#d98324", "#3b8f5a"
+_NAMES = 30  # that can be read along an axis
 _BUCKETS = 300  # of which a long run's curve consists
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -119,6 +120,28 @@ def loss_panel(columns: Mapping[str, Values], ceiling: float, marks: Sequence[in
         axes.set_ylim(0, 1.12 * max(ceiling, float(highest)))
         _mark(axes, marks)
         axes.legend(loc="lower left", ncols=3, handlelength=1.6)
+        return _svg(figure)
+
+
+def matrix(title: str, values: Values, names: Sequence[str]) -> bytes:
+    """A square matrix [n, n] as colours with a scale, as SVG; names where they can be read.
+
+    Args:
+        title: with the unit.
+        names: of rows and columns.
+    """
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(6.2, 5.2), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_title(title)
+        shown = axes.imshow(values, cmap="inferno", vmin=0, interpolation="nearest")
+        figure.colorbar(shown, ax=axes, shrink=0.8)
+        if len(names) <= _NAMES:
+            axes.set_xticks(range(len(names)), names, rotation=90)
+            axes.set_yticks(range(len(names)), names)
+        else:
+            axes.set_xticks([])
+            axes.set_yticks([])
         return _svg(figure)
 
 

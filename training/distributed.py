@@ -73,7 +73,8 @@ def place() -> Place:
 def world(device: str) -> Iterator[World]:
     """Joins the processes that torchrun or srun started, and leaves at the end.
 
-    What is on the CPU travels by gloo, and what is on CUDA by NCCL.
+    What is on the CPU travels by gloo, and what is on CUDA by NCCL. Inside another `world` they
+    have joined already, and stay joined at the end: nobody can join anew at the launcher's address.
 
     Args:
         device: see `choose_device`.
@@ -87,6 +88,9 @@ def world(device: str) -> Iterator[World]:
     if chosen.type == "cuda":
         chosen = torch.device("cuda", _cuda_index(own.local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(chosen)
+    if dist.is_initialized():
+        yield World(dist.get_rank(), dist.get_world_size(), chosen)
+        return
     if "RANK" not in os.environ and own.size == 1:
         yield World(0, 1, chosen)
         return

@@ -7,9 +7,7 @@ writes RUN_DIR/report.html, which needs no other file. A run draws it itself eve
 """
 
 import argparse
-import base64
 import html
-import io
 import json
 import math
 import sys
@@ -18,15 +16,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from training.attention_maps import Film, read_film
 from training.config import Data, Recipe, recipe_to_dict
 from training.curves import BLUE, GREEN, GREY, INK, ORANGE, RED, Line, Values, loss_panel, panel
 from training.monitors import COLUMNS
+from training.page import STYLE, cards, flat, grid, heat, jpeg, svg, table, write_page
 from training.rows import read_rows
 
 _MOMENTS = 7  # columns of the attention maps over time
@@ -65,7 +62,7 @@ def write_report(run_dir: Path) -> Path:
     said = alarms.read_text(encoding="utf-8").splitlines() if alarms.exists() else []
     marks = [int(line.split(":")[0].removeprefix("step ")) for line in said if ": ALARM: " in line]
     page = _PAGE.format(
-        style=_STYLE,
+        style=STYLE,
         title=html.escape(run_dir.resolve().name),
         status=_status(columns),
         cards=_cards(columns, knn, settings),
@@ -73,12 +70,10 @@ def write_report(run_dir: Path) -> Path:
         curves=_curves(columns, knn, settings, marks),
         attention=_attention(read_film(run_dir)),
         recipe=_recipe(settings),
-        environment=_table(_json(run_dir / "environment.json")),
+        environment=table(_json(run_dir / "environment.json")),
     )
     path = run_dir / "report.html"
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    write_page(page, path)
     return path
 
 
@@ -96,28 +91,25 @@ def _cards(
     """The newest figures."""
     last = {name: values[-1] for name, values in columns.items()}
     ceiling = math.log(settings["head"]["out_dim"])
-    cards = [
+    figures = [
         ("loss", f"{last['loss']:.3f}", "nats"),
         ("teacher entropy", f"{last['teacher_entropy']:.3f}", f"of ln K = {ceiling:.2f}"),
         ("KL", f"{last['kl']:.3f}", "near 0: collapse"),
         ("agreement", _percent(last["agreement"]), "of teacher and student"),
     ]
-    cards += [
+    figures += [
         (f"k-NN, {row['network']}", f"{float(row['top1']):.1f} %", "top-1")
         for row in knn
         if row["step"] == knn[-1]["step"]
     ]
-    cards += [
+    figures += [
         ("speed", f"{last['images_per_s']:,.0f}", "images/s"),
         ("data wait", _percent(last["data_wait_share"]), "of the time"),
         ("memory", _number(last["memory_mib"] / 1024, ".1f"), "GiB at most"),
         ("skipped steps", _number(last["skipped_steps"], ".0f"), "not finite"),
         ("bad pictures", _number(last["bad_pictures"], ".0f"), "replaced by others"),
     ]
-    return "".join(
-        f"<div class=card><span>{html.escape(name)}</span><b>{value}</b><i>{note}</i></div>"
-        for name, value, note in cards
-    )
+    return cards(figures)
 
 
 def _alarms(said: Sequence[str]) -> str:
@@ -173,8 +165,8 @@ def _curves(
         "" if knn else "<p>No k-NN curve: set <code>knn.train</code> and <code>knn.val</code>.</p>"
     )
     return (
-        f"<div class=wide>{''.join(map(_svg, filter(None, wide)))}</div>{note}"
-        f"<div class=small>{''.join(map(_svg, filter(None, small)))}</div>"
+        f"<div class=wide>{''.join(map(svg, filter(None, wide)))}</div>{note}"
+        f"<div class=small>{''.join(map(svg, filter(None, small)))}</div>"
     )
 
 
@@ -209,61 +201,23 @@ def _attention(film: Film | None) -> str:
     over_time, each_head = [], []
     for p, picture in enumerate(film.pictures[: film.maps.shape[1]]):
         shown = picture.resize((_TILE, _TILE), Image.Resampling.BICUBIC)
-        over_time.append([shown, *(_heat(film.maps[t, p].mean(axis=0), shown) for t in moments)])
-        each_head.append([shown, *(_heat(film.maps[last, p, h], shown) for h in range(heads))])
+        means = [heat(film.maps[t, p].mean(axis=0), shown) for t in moments]
+        of_heads = [heat(film.maps[last, p, h], shown) for h in range(heads)]
+        over_time.append([jpeg(each) for each in (shown, *means)])
+        each_head.append([jpeg(each) for each in (shown, *of_heads)])
     names = [f"head {h + 1}" for h in range(heads)]
     return (
         "<h3>Mean of the heads, over time</h3>"
-        + _grid(["picture", *titles], over_time)
+        + grid(["picture", *titles], over_time)
         + f"<h3>Each head, after step {film.steps[last]:,}</h3>"
-        + _grid(["picture", *names], each_head)
+        + grid(["picture", *names], each_head)
     )
-
-
-def _heat(attention: npt.NDArray[np.float32], picture: Image.Image) -> Image.Image:
-    """A map [h, w] over the greyed picture; white is the strongest patch, or 4 times the mean.
-
-    So a map that is almost even stays dark, instead of having its noise blown up.
-    """
-    white = max(float(attention.max()), 4 * float(attention.mean()), 1e-12)
-    values = Image.fromarray(attention / white)
-    smooth = np.asarray(values.resize(picture.size, Image.Resampling.BICUBIC)).clip(0, 1)
-    colours = mpl.colormaps["inferno"](smooth, bytes=True)[..., :3]
-    grey = picture.convert("L").convert("RGB")
-    return Image.blend(grey, Image.fromarray(colours), 0.65)
-
-
-def _grid(titles: Sequence[str], rows: Sequence[Sequence[Image.Image]]) -> str:
-    head = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
-    body = "".join(
-        f"<tr>{''.join(f'<td>{_jpeg(picture)}</td>' for picture in row)}</tr>" for row in rows
-    )
-    return f"<div class=scroll><table class=maps><tr>{head}</tr>{body}</table></div>"
 
 
 def _recipe(settings: Mapping[str, Any]) -> str:
     """Every key; bold where it is not the default."""
-    defaults = _flat(recipe_to_dict(Recipe(data=Data(train=("-",)))))
-    return _table(_flat(settings), changed=lambda key, value: defaults.get(key) != value)
-
-
-def _table(values: Mapping[str, Any], changed: Any = lambda *_: False) -> str:
-    if not values:
-        return "<p>Not recorded.</p>"
-    rows = []
-    for key, value in values.items():
-        text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-        mark = " class=changed" if changed(key, value) else ""
-        rows.append(f"<tr{mark}><th>{html.escape(key)}</th><td>{html.escape(text)}</td></tr>")
-    return f"<div class=columns><table>{''.join(rows)}</table></div>"
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in table.items():
-        name = f"{prefix}{key}"
-        found |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return found
+    defaults = flat(recipe_to_dict(Recipe(data=Data(train=("-",)))))
+    return table(flat(settings), changed=lambda key, value: defaults.get(key) != value)
 
 
 def _columns(rows: Sequence[Mapping[str, str]], names: Sequence[str]) -> dict[str, Values]:
@@ -288,48 +242,6 @@ def _json(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
-
-def _svg(content: bytes) -> str:
-    return f'<img alt="" src="data:image/svg+xml;base64,{base64.b64encode(content).decode()}">'
-
-
-def _jpeg(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=88)
-    return (
-        f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-    )
-
-
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #27313b; background: #f6f7f9; margin: 0; }
-main { max-width: 1180px; margin: 0 auto; padding: 28px 24px 60px; }
-h1 { font-size: 24px; margin: 0; } h2 { font-size: 18px; margin: 36px 0 10px; }
-h3 { font-size: 14px; margin: 18px 0 6px; } p { margin: 8px 0; }
-.status { color: #66717c; margin: 2px 0 18px; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 10px; }
-.card { background: #fff; border: 1px solid #e3e7ea; border-radius: 8px; padding: 9px 12px; }
-.card span, .card i { display: block; font-size: 12px; color: #66717c; font-style: normal; }
-.card b { font-size: 20px; font-variant-numeric: tabular-nums; }
-.good, .bad, .over { border-radius: 8px; padding: 9px 13px; }
-.good { background: #e9f4ec; } .over { background: #eceff1; }
-.bad { background: #fbeae8; border-left: 4px solid #c0392b; }
-.wide, .small { display: grid; gap: 10px; margin-bottom: 10px; }
-.wide { grid-template-columns: repeat(2, 1fr); } .small { grid-template-columns: repeat(4, 1fr); }
-.wide img, .small img { width: 100%; background: #fff; border: 1px solid #e3e7ea;
-  border-radius: 8px; padding: 8px; box-sizing: border-box; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; }
-.maps th { font-size: 12px; font-weight: 500; color: #66717c; padding: 0 0 3px; }
-.maps td { padding: 0 4px 4px 0; } .maps td img { display: block; border-radius: 4px; }
-.columns { columns: 2; column-gap: 28px; background: #fff; border: 1px solid #e3e7ea;
-  border-radius: 8px; padding: 12px 16px; }
-.columns table { width: 100%; font-size: 13px; table-layout: fixed; }
-.columns th { text-align: left; font-weight: 400; color: #66717c; width: 55%; }
-.columns th, .columns td { padding: 2px 0; vertical-align: top; overflow-wrap: anywhere; }
-.changed td, .changed th { font-weight: 600; color: #27313b; }
-@media (max-width: 800px) { .wide { grid-template-columns: 1fr; } .columns { columns: 1; }
-  .small { grid-template-columns: repeat(2, 1fr); } }
-"""
 
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>

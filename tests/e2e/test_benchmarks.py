@@ -16,3 +16,14 @@ def test_training_against_the_textbook() -> None:
         assert found[name] > 0
         assert found[f"{name}_same_precision"] > 0
     assert set(found["end_to_end"]) >= {"textbook", "ours"}
+
+
+def test_extraction_against_the_forward() -> None:
+    sizes = ["--architecture=vit_tiny", "--size=32", "--batch=4", "--pictures=5"]
+    short = ["--rounds=1", "--queries=6", "--bank=50", "--k=3", "--device=cpu", "--json"]
+    status, out, err = finish([sys.executable, "benchmarks/extraction.py", *sizes, *short])
+    assert status == 0, err
+    found = json.loads(out.splitlines()[-1])
+    for name in ("extraction_ratio", "knn_seconds", "queries_seconds", "knn_vs_extraction"):
+        assert found[name] > 0
+    assert found["settings"]["workers"] == 0

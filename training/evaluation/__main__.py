@@ -4,28 +4,41 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from tqdm import tqdm
+
 from backbone.artifact import ArtifactError
 from training.config import ConfigError
 from training.data import one_line
-from training.evaluation import finetune, knn
+from training.evaluation import attention_jaccard, finetune, knn, report
 from training.sources import DataError
 
-EVALUATIONS = (knn, finetune)
+EVALUATIONS = (knn, attention_jaccard, finetune, report)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for a model or data that cannot be used."""
+    try:
+        return run(arguments)
+    except (ArtifactError, ConfigError, DataError) as error:
+        # On a line of its own, where a bar still stands.
+        tqdm.write(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """The command line for callers that tell of errors themselves; returns the exit status.
+
+    Raises:
+        ArtifactError: a model that cannot be used.
+        ConfigError: options that make no sense together.
+        DataError: data that cannot be used.
+    """
     parser = argparse.ArgumentParser(prog="python -m training.evaluation", description=__doc__)
     names = parser.add_subparsers(required=True, metavar="NAME")
     for evaluation in EVALUATIONS:
         evaluation.add_command(names)
     options = parser.parse_args(arguments)
-    try:
-        options.run(options)
-    except (ArtifactError, ConfigError, DataError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
-    return 0
+    return options.run(options) or 0
 
 
 if __name__ == "__main__":

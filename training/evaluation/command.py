@@ -14,6 +14,7 @@ from backbone.artifact import Artifact, ArtifactError
 from backbone.pretrained import NamedModel, load_model
 from training.distributed import World, world
 from training.environment import environment
+from training.evaluation.features import reading_workers
 from training.sources import Pictures
 
 
@@ -41,7 +42,9 @@ def add_common_options(parser: argparse.ArgumentParser, *, batch_size: int = 256
         "--precision", default="fp32", choices=["fp32", "bf16", "fp16", "auto"], help="of forwards"
     )
     parser.add_argument("--batch-size", type=positive, default=batch_size, help="of each process")
-    parser.add_argument("--workers", type=whole, default=2, help="processes that read pictures")
+    parser.add_argument(
+        "--workers", type=whole, help="processes that read pictures; where left out, 0 on a CPU"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, no table")
     parser.add_argument("--save", type=Path, metavar="FILE.json", help="also write the JSON here")
 
@@ -57,7 +60,8 @@ def session(options: argparse.Namespace) -> Iterator[Session]:
     model = load_model(options.model)
     check_channels(model)
     with world(options.device) as here:
-        yield Session(here, model, options.precision, options.batch_size, options.workers)
+        workers = reading_workers(here.device) if options.workers is None else options.workers
+        yield Session(here, model, options.precision, options.batch_size, workers)
 
 
 def check_channels(model: NamedModel) -> None:
