@@ -313,7 +313,7 @@ class Attention(nn.Module):
         for part in _split(self.qkv(x), groups):
             b, t, d = part.shape
             if b == 0:  # all of them dropped: not every kernel takes an empty batch
-                mixed.append(part.new_empty(0, d // 3))
+                mixed.append(part[..., : d // 3].reshape(0, d // 3))  # weights get gradients of 0
                 continue
             q, k, v = self._heads(part, 3)
             y = F.scaled_dot_product_attention(q, k, v)
@@ -336,7 +336,7 @@ class Attention(nn.Module):
         kv = F.linear(x, of_kv, bias_kv)
         for tokens, both in zip(_split(x, groups), _split(kv, groups), strict=True):
             if len(tokens) == 0:
-                mixed.append(kv.new_empty(0, d))
+                mixed.append(both[..., :d].reshape(0, d))
                 continue
             (q,) = self._heads(F.linear(tokens[:, :1], of_q, bias_q), 1)
             k, v = self._heads(both, 2)

@@ -109,6 +109,20 @@ def test_drop_path_acts_in_training_alone() -> None:
     assert not torch.equal(vit(pictures).cls, vit(pictures).cls)
 
 
+def test_a_block_that_all_pictures_drop_has_gradients_of_zero() -> None:
+    """Processes that train together wait for every parameter's gradient."""
+    vit = network(drop_path_rate=0.99, depth=3).train()
+    for batches in ([torch.randn(2, 3, 16, 16)], [torch.randn(1, 3, 16, 16)] * 2):
+        for seed in range(8):
+            vit.zero_grad()
+            torch.manual_seed(seed)
+            vit.forward_cls(batches).sum().backward()
+            torch.manual_seed(seed)
+            vit(batches[0]).cls.sum().backward()
+            missing = [name for name, each in vit.named_parameters() if each.grad is None]
+            assert missing == []
+
+
 def test_drop_path_rises_linearly() -> None:
     assert network(drop_path_rate=0.4, depth=5).drop_path_rates == pytest.approx(
         [0.0, 0.1, 0.2, 0.3, 0.4]

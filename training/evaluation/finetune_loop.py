@@ -97,7 +97,7 @@ def fit(
         optimizer.load_state_dict(state["optimizer"])
         total, curve = state["loss"], state["curve"]
         del found, state
-    parallel = _parallel(classifier, protocol, here)
+    parallel = _parallel(classifier, here)
     loader = training_loader(
         train, view, plan, start=start, stop=stop, device=here.device, workers=workers
     )
@@ -228,15 +228,13 @@ def line(row: Row, epochs: int) -> str:
     )
 
 
-def _parallel(classifier: Classifier, protocol: Protocol, here: World) -> nn.Module:
+def _parallel(classifier: Classifier, here: World) -> nn.Module:
     """What is called in training: the classifier, over several processes wrapped in DDP."""
     if here.size == 1:
         return classifier
     return DistributedDataParallel(
         classifier,
         device_ids=[here.device] if here.device.type == "cuda" else None,
-        # A block has no gradient where all of a small batch drop it.
-        find_unused_parameters=protocol.drop_path**protocol.batch_size > 1e-12,
     )
 
 
