@@ -1,10 +1,11 @@
 """Training linear probes, with a curve and a snapshot after every epoch to go on from."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from training.distributed import World, all_reduce_sum
 from training.evaluation.features import share
 from training.evaluation.labelled import Labelled
 from training.evaluation.linear_features import (
+    Batch,
     Frozen,
     Order,
     Rows,
@@ -168,36 +170,21 @@ def fit(
     start = run.restore(probes)
     if start == epochs:
         return probes
-    with features_folder(run.out, here) as folder:
+    with ExitStack() as stack:
+        folder = stack.enter_context(features_folder(run.out, here))
         asked = store(folder / "val", val.pictures, frozen, here)
         if augment:
             batches = of_random_crops(train.pictures, frozen, order, start=start, stop=epochs)
         else:
             kept = store(folder / "train", train.pictures, frozen, here)
             batches = of_rows(kept, order, start=start, stop=epochs)
-        bar = tqdm(
-            total=epochs * order.count,
-            initial=start * order.count,
-            unit="picture",
-            desc="linear",
-            dynamic_ncols=True,
-            disable=not here.is_main,
-        )
+        bar = stack.enter_context(_bar(order, start, epochs))
         for epoch in range(start, epochs):
             lrs = learning_rates(bases, batch=order.batch, epoch=epoch, epochs=epochs)
-            rates = torch.tensor(lrs, device=here.device)
-            losses = torch.zeros(len(bases), device=here.device)
-            steps = islice(batches, order.steps_per_epoch)
-            for step, (places, features) in enumerate(steps):
-                labels = train.labels[places].to(here.device)
-                batch = order.batch_of(step)
-                losses += probes.step(features, labels, rates, batch=batch)
-                bar.update(batch)
+            losses = _train_epoch(probes, batches, train.labels, order, lrs, bar)
             measured = measure(probes, asked, val.labels, here)
-            mean_losses = (all_reduce_sum(losses) / order.count).tolist()
-            run.finish_epoch(probes, bases, mean_losses, measured, last=epoch + 1 == epochs)
+            run.finish_epoch(probes, bases, losses, measured, last=epoch + 1 == epochs)
             bar.set_postfix_str(f"top-1 {max(top1 for top1, _ in measured):.2f} %")
-        bar.close()
     return probes
 
 
@@ -213,3 +200,35 @@ def measure(
         hits += probes.hits(features, labels[chunk].to(here.device))
     percent = 100.0 * all_reduce_sum(hits).double() / len(labels)
     return [(top1, top5) for top1, top5 in percent.tolist()]
+
+
+def _train_epoch(
+    probes: LinearProbes,
+    batches: Iterator[Batch],
+    labels: Tensor,
+    order: Order,
+    lrs: list[float],
+    bar: "tqdm[NoReturn]",
+) -> list[float]:
+    """Takes one epoch's steps from `batches`; returns each rate's mean loss over its pictures."""
+    device = order.here.device
+    rates = torch.tensor(lrs, device=device)
+    losses = torch.zeros(len(lrs), device=device)
+    for step, (places, features) in enumerate(islice(batches, order.steps_per_epoch)):
+        batch = order.batch_of(step)
+        losses += probes.step(features, labels[places].to(device), rates, batch=batch)
+        bar.update(batch)
+    found: list[float] = (all_reduce_sum(losses) / order.count).tolist()
+    return found
+
+
+def _bar(order: Order, start: int, epochs: int) -> "tqdm[NoReturn]":
+    """Counts the pictures of a whole run, over all processes."""
+    return tqdm(
+        total=epochs * order.count,
+        initial=start * order.count,
+        unit="picture",
+        desc="linear",
+        dynamic_ncols=True,
+        disable=not order.here.is_main,
+    )
