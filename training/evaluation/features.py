@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from backbone.artifact import Artifact
 from backbone.descriptors import check_descriptors, describe
 from training.decoding import decode
 from training.distributed import World, gather_rows
+from training.evaluation.loading import Views, batches, side_by_side
 from training.precision import autocast, autocast_dtype
 from training.sources import Pictures
 from training.workers import worker_settings
@@ -50,16 +51,22 @@ def stream(
         DataError: a picture that cannot be read; it is named.
     """
     places = share(len(pictures.names), here)
+
+    def make(i: int) -> tuple[int, Tensor]:
+        place = places[i]
+        return place, view(decode(pictures.read(place), pictures.names[place]))
+
     loader = DataLoader(
-        _Views(pictures, view, places),
+        Views(make, len(places)),
         batch_size=batch_size,
+        collate_fn=side_by_side,
         pin_memory=here.device.type == "cuda",
         **worker_settings(workers),
     )
     with tqdm(
         total=len(places), unit="picture", desc=title, dynamic_ncols=True, disable=not here.is_main
     ) as bar:
-        for at, batch in loader:
+        for at, batch in batches(loader):
             yield at, dict(embed(batch.to(here.device, non_blocking=True)))
             bar.update(len(batch))
 
@@ -117,16 +124,3 @@ def embedder(
         return {name: vectors.float() for name, vectors in found.items()}
 
     return embed
-
-
-class _Views(Dataset[tuple[int, Tensor]]):
-    def __init__(self, pictures: Pictures, view: View, places: range) -> None:
-        self._pictures, self._view, self._places = pictures, view, places
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, i: int) -> tuple[int, Tensor]:
-        place = self._places[i]
-        picture = decode(self._pictures.read(place), self._pictures.names[place])
-        return place, self._view(picture)

@@ -4,7 +4,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from backbone.preprocess import Preprocess
 from training.augmentations import random_box
@@ -22,6 +22,7 @@ from training.config import ConfigError
 from training.decoding import decode
 from training.distributed import World, all_reduce_sum, barrier, gather_rows
 from training.evaluation.features import Embed, share, stream
+from training.evaluation.loading import Views, batches, side_by_side
 from training.sources import Pictures
 from training.workers import worker_settings
 
@@ -109,15 +110,22 @@ def of_random_crops(
     Raises:
         DataError: a picture that cannot be read; it is named.
     """
+
+    def view(key: tuple[int, int]) -> tuple[int, Tensor]:
+        epoch, place = key
+        picture = decode(pictures.read(place), pictures.names[place])
+        rng = random.Random(f"{order.seed}/{epoch}/{place}")
+        return place, random_crop(picture, frozen.preprocess, rng)
+
     device = order.here.device
     loader = DataLoader(
-        _RandomCrops(pictures, frozen.preprocess, order.seed),
+        Views(view),
         batch_sampler=_Batches(order, start, stop),
-        collate_fn=_side_by_side,
+        collate_fn=side_by_side,
         pin_memory=device.type == "cuda",
         **worker_settings(frozen.workers),
     )
-    for places, crops in loader:
+    for places, crops in batches(loader):
         if len(places):
             with torch.inference_mode():
                 found = frozen.embed(crops.to(device, non_blocking=True))[frozen.descriptor]
@@ -209,27 +217,9 @@ def _everywhere(path: Path, here: World) -> Path:
     return path
 
 
-class _RandomCrops(Dataset[tuple[int, Tensor]]):
-    """(epoch, place) -> the place, and the picture's crop in that epoch."""
-
-    def __init__(self, pictures: Pictures, preprocess: Preprocess, seed: int) -> None:
-        self._pictures, self._preprocess, self._seed = pictures, preprocess, seed
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[int, Tensor]:
-        epoch, place = key
-        picture = decode(self._pictures.read(place), self._pictures.names[place])
-        rng = random.Random(f"{self._seed}/{epoch}/{place}")
-        return place, random_crop(picture, self._preprocess, rng)
-
-
 class _Batches(Sampler[list[tuple[int, int]]]):
     def __init__(self, order: Order, start: int, stop: int) -> None:
         self._order, self._start, self._stop = order, start, stop
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         return self._order.batches(self._start, self._stop)
-
-
-def _side_by_side(samples: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, Tensor]:
-    places = torch.tensor([place for place, _ in samples], dtype=torch.int64)
-    return places, torch.stack([crop for _, crop in samples]) if samples else torch.empty(0)

@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import shutil
 import signal
 import time
@@ -189,6 +190,10 @@ def test_what_cannot_be_is_refused(
     (tmp_path / "train" / "class1" / "bad.png").write_bytes(b"no picture")
     assert "picture 'class1/bad.png' cannot be read" in error(*train)
     assert "picture 'class1/bad.png' cannot be read" in error(*train, "--workers", "1")
+    assert not multiprocessing.active_children()
+    val = ["--val", str(tmp_path / "train"), "--workers", "2"]
+    assert "picture 'class1/bad.png' cannot be read" in error(*val)
+    assert not multiprocessing.active_children()
     (tmp_path / "train" / "class4").mkdir()
     shutil.copy(folder / "val" / "class0" / "09.png", tmp_path / "train" / "class4")
     assert "class 'class4' in --train has 1 picture" in error(*train)
