@@ -151,27 +151,28 @@ def store(path: Path, pictures: Pictures, frozen: Frozen, here: World) -> Rows:
         DataError: a picture that cannot be read; it is named.
     """
     count, row_bytes = len(pictures.names), 4 * frozen.length
-    try:
-        if here.is_main:
-            with path.open("wb") as file:
-                file.truncate(count * row_bytes)
-        barrier()
-        with path.open("r+b") as file:  # written, not mapped: a full disk is an error, not a signal
-            for places, found in stream(
-                pictures,
-                frozen.preprocess.centre_crop,
-                frozen.embed,
-                here=here,
-                batch_size=frozen.batch_size,
-                workers=frozen.workers,
-                title=path.stem,
-            ):
+    if here.is_main:
+        with _keeping(path), path.open("wb") as file:
+            file.truncate(count * row_bytes)
+    barrier()
+    with _keeping(path):
+        file = path.open("r+b")  # written, not mapped: a full disk is an error then, not a signal
+    with file:
+        for places, found in stream(
+            pictures,
+            frozen.preprocess.centre_crop,
+            frozen.embed,
+            here=here,
+            batch_size=frozen.batch_size,
+            workers=frozen.workers,
+            title=path.stem,
+        ):
+            with _keeping(path):
                 file.seek(int(places[0]) * row_bytes)  # the places of a batch are neighbours
                 file.write(found[frozen.descriptor].cpu().numpy().tobytes())
+        with _keeping(path):
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:
-        raise ConfigError(f"features cannot be kept in {str(path)!r}: {error.strerror}") from error
     barrier()
     return np.memmap(path, dtype=np.float32, mode="r", shape=(count, frozen.length))
 
@@ -202,6 +203,14 @@ def features_folder(out: Path | None, here: World) -> Iterator[Path]:
     finally:
         if here.is_main:
             shutil.rmtree(path)
+
+
+@contextmanager
+def _keeping(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"features cannot be kept in {str(path)!r}: {error.strerror}") from error
 
 
 def _everywhere(path: Path, here: World) -> Path:
