@@ -152,8 +152,8 @@ def store(path: Path, pictures: Pictures, frozen: Frozen, here: World) -> Rows:
     """
     count, row_bytes = len(pictures.names), 4 * frozen.length
     if here.is_main:
-        with _keeping(path), path.open("wb") as file:
-            file.truncate(count * row_bytes)
+        with _keeping(path), path.open("wb") as empty:
+            empty.truncate(count * row_bytes)
     barrier()
     with _keeping(path):
         file = path.open("r+b")  # written, not mapped: a full disk is an error then, not a signal
