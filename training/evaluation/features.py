@@ -9,13 +9,14 @@ from threading import Lock
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from backbone.artifact import Artifact
 from backbone.descriptors import check_descriptors, describe
 from training.decoding import decode
 from training.distributed import World, gather_rows
+from training.evaluation.loading import Views, batches, side_by_side
 from training.precision import autocast, autocast_dtype
 from training.sources import DataError, Pictures
 from training.workers import worker_settings
@@ -72,22 +73,22 @@ def stream(
         DataError: a picture that cannot be read; it is named.
     """
     places = share(len(pictures.names), here)
-    views = _Views(pictures, view, places or range(1))
+    reader = _Reader(pictures, view, places or range(1))
     if workers:
-        batches: Iterator[tuple[Tensor, Tensor]] = iter(
-            DataLoader(
-                views,
-                batch_size=batch_size,
-                pin_memory=here.device.type == "cuda",
-                **worker_settings(workers),
-            )
+        loader = DataLoader(
+            Views(reader.make, len(reader)),
+            batch_size=batch_size,
+            collate_fn=side_by_side,
+            pin_memory=here.device.type == "cuda",
+            **worker_settings(workers),
         )
+        read = batches(loader)
     else:
-        batches = _read_here(views, batch_size)
+        read = _read_here(reader, batch_size)
     with tqdm(
         total=len(places), unit="picture", desc=title, dynamic_ncols=True, disable=not here.is_main
     ) as bar:
-        for at, batch in batches:
+        for at, batch in read:
             found = embed(batch.to(here.device, non_blocking=True))
             kept = len(at) if places else 0
             yield at[:kept], {name: vectors[:kept] for name, vectors in found.items()}
@@ -159,17 +160,21 @@ def embedder(
     return embed
 
 
-class _Views(Dataset[tuple[int, Tensor]]):
+class _Reader:
+    """Reads and decodes this process's share."""
+
     def __init__(self, pictures: Pictures, view: View, places: range) -> None:
         self._pictures, self._view, self._places = pictures, view, places
 
     def __len__(self) -> int:
         return len(self._places)
 
-    def __getitem__(self, i: int) -> tuple[int, Tensor]:
+    def make(self, i: int) -> tuple[int, Tensor]:
+        """The place of the i-th picture, and its view."""
         return self.place(i), self.view(self.read(i))
 
     def place(self, i: int) -> int:
+        """Where the i-th of the share stands among all pictures."""
         return self._places[i]
 
     def read(self, i: int) -> tuple[bytes, str]:
@@ -186,20 +191,20 @@ class _Views(Dataset[tuple[int, Tensor]]):
         return self._view(decode(*content))
 
 
-def _read_here(views: _Views, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _read_here(reader: _Reader, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Each batch when it is asked for: places and views, decoded by this process's threads."""
     reading = Lock()
 
     def make(i: int) -> Tensor:
         with reading:
-            content = views.read(i)
-        return views.view(content)
+            content = reader.read(i)
+        return reader.view(content)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for start in range(0, len(views), batch_size):
-            batch = range(start, min(start + batch_size, len(views)))
+        for start in range(0, len(reader), batch_size):
+            batch = range(start, min(start + batch_size, len(reader)))
             with warnings.catch_warnings():
                 # `decode` silences the decoder's in a way that threads undo for one another.
                 warnings.filterwarnings("ignore", module="PIL")
                 made = torch.stack(list(pool.map(make, batch)))
-            yield torch.tensor([views.place(i) for i in batch]), made
+            yield torch.tensor([reader.place(i) for i in batch]), made
