@@ -9,10 +9,10 @@ from tqdm import tqdm
 from backbone.artifact import ArtifactError
 from training.config import ConfigError
 from training.data import one_line
-from training.evaluation import attention_jaccard, finetune, knn, report
+from training.evaluation import attention_jaccard, finetune, knn, report, video_segmentation
 from training.sources import DataError
 
-EVALUATIONS = (knn, attention_jaccard, finetune, report)
+EVALUATIONS = (knn, video_segmentation, attention_jaccard, finetune, report)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
