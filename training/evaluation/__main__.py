@@ -9,10 +9,17 @@ from tqdm import tqdm
 from backbone.artifact import ArtifactError
 from training.config import ConfigError
 from training.data import one_line
-from training.evaluation import attention_jaccard, finetune, knn, report, video_segmentation
+from training.evaluation import (
+    attention_jaccard,
+    attention_video,
+    finetune,
+    knn,
+    report,
+    video_segmentation,
+)
 from training.sources import DataError
 
-EVALUATIONS = (knn, video_segmentation, attention_jaccard, finetune, report)
+EVALUATIONS = (knn, video_segmentation, attention_jaccard, finetune, attention_video, report)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
