@@ -21,7 +21,7 @@ from backbone.preprocess import Preprocess
 from backbone.vit import VisionTransformer
 from training.config import ConfigError
 from training.decoding import decode
-from training.distributed import World, barrier, gather_rows
+from training.distributed import World, gather_rows
 from training.evaluation.command import Session, add_common_options, positive, session, tell, whole
 from training.evaluation.davis import (
     ANNOTATIONS,
@@ -174,7 +174,9 @@ def measure(sequence: VideoSequence, folder: Path) -> list[ObjectMeasures]:
 def measure_all(
     sequences: Sequence[VideoSequence], folder: Path, *, here: World
 ) -> dict[str, list[ObjectMeasures]]:
-    """Every sequence's measures by its name, on every process; each measures its share.
+    """Every sequence's measures by its name, on every process.
+
+    Each process measures its share, the same sequences that it follows in `segment`.
 
     Raises:
         DataError: see `measure`.
@@ -248,7 +250,6 @@ def _run(options: argparse.Namespace) -> None:
         if folder is None:
             folder = options.out
             segment(sequences, folder, own, settings, short_side=options.size)
-            barrier()
         else:
             protocol = {"masks": str(folder)}
         found = measure_all(sequences, folder, here=own.here)
