@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 
 from tqdm import tqdm
@@ -29,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ArtifactError, ConfigError, DataError) as error:
         # On a line of its own, where a bar still stands.
         tqdm.write(f"error: {one_line(error)}", file=sys.stderr)
+        # A worker's error holds its traceback, which holds the loader and so its other workers.
+        # The interpreter would wait for them at its end, for the minute that they are shielded.
+        traceback.clear_frames(error.__traceback__)
         return 2
 
 

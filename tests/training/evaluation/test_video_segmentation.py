@@ -1,6 +1,7 @@
 """Video segmentation from the command line to the figures, on a small video in DAVIS's layout."""
 
 import json
+import multiprocessing
 import shutil
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,8 @@ def test_a_frame_that_breaks_off_is_named(
     message = error(capsys, *command_line(root, "--out", str(tmp_path), "--workers", "1"))
     assert "square/00001.jpg' cannot be read" in message
     assert message.count("\n") == 1
+    # Workers left over would be waited for at the interpreter's end, for a minute.
+    assert multiprocessing.active_children() == []
 
 
 def test_options_that_cannot_be(
