@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 
 from tqdm import tqdm
@@ -9,10 +10,26 @@ from tqdm import tqdm
 from backbone.artifact import ArtifactError
 from training.config import ConfigError
 from training.data import one_line
-from training.evaluation import attention_jaccard, finetune, knn, linear, report
+from training.evaluation import (
+    attention_jaccard,
+    attention_video,
+    finetune,
+    knn,
+    linear,
+    report,
+    video_segmentation,
+)
 from training.sources import DataError
 
-EVALUATIONS = (knn, linear, attention_jaccard, finetune, report)
+EVALUATIONS = (
+    knn,
+    linear,
+    video_segmentation,
+    attention_jaccard,
+    finetune,
+    attention_video,
+    report,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ArtifactError, ConfigError, DataError) as error:
         # On a line of its own, where a bar still stands.
         tqdm.write(f"error: {one_line(error)}", file=sys.stderr)
+        # A worker's error holds its traceback, which holds the loader and so its other workers.
+        # The interpreter would wait for them at its end, for the minute that they are shielded.
+        traceback.clear_frames(error.__traceback__)
         return 2
 
 
