@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from backbone.artifact import ArtifactError
 from training.config import ConfigError
 from training.data import one_line
-from training.evaluation import knn, retrieval
+from training.evaluation import copy_detection, knn, retrieval
 from training.sources import DataError
 
-EVALUATIONS = (knn, retrieval)
+EVALUATIONS = (knn, retrieval, copy_detection)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
