@@ -13,10 +13,12 @@ from training.data import one_line
 from training.evaluation import (
     attention_jaccard,
     attention_video,
+    copy_detection,
     finetune,
     knn,
     linear,
     report,
+    retrieval,
     video_segmentation,
 )
 from training.sources import DataError
@@ -24,6 +26,8 @@ from training.sources import DataError
 EVALUATIONS = (
     knn,
     linear,
+    retrieval,
+    copy_detection,
     video_segmentation,
     attention_jaccard,
     finetune,
