@@ -8,7 +8,8 @@ from torch import Tensor
 
 from training.distributed import World
 from training.evaluation.features import Embed, View, extract, stream
-from training.evaluation.ranking import TopK, average_precision, mean, micro_average_precision
+from training.evaluation.nearest import Nearest, Neighbours
+from training.evaluation.ranking import average_precision, mean, micro_average_precision
 from training.sources import Pictures
 
 KEPT = 20
@@ -37,13 +38,6 @@ class CopyBenchmark(NamedTuple):
     blocks: Mapping[str, range]
     database: Pictures
     database_groups: Tensor
-
-
-class Neighbours(NamedTuple):
-    """The k best of each query: scores and places in the database, [Q, k], best first."""
-
-    scores: Tensor
-    places: Tensor
 
 
 class Settings(NamedTuple):
@@ -82,7 +76,8 @@ def search(
         title="copies",
     )[descriptor].to(here.device)
     queries = {name: variant(vectors) for name, variant in variants.items()}
-    best = {name: TopK(len(vectors), kept, here.device) for name in variants}
+    k = min(kept, len(benchmark.database.names))
+    best = {name: Nearest(each, k) for name, each in queries.items()}
     for places, found in stream(
         benchmark.database,
         view,
@@ -93,8 +88,8 @@ def search(
         title="database",
     ):
         for name, variant in variants.items():
-            best[name].add(queries[name] @ variant(found[descriptor]).T, places)
-    return {name: Neighbours(*each.gathered(here)) for name, each in best.items()}
+            best[name].add(places, variant(found[descriptor]))
+    return {name: each.found_by_all(here).cpu() for name, each in best.items()}
 
 
 def copy_figures(benchmark: CopyBenchmark, neighbours: Neighbours) -> dict[str, Any]:
@@ -124,7 +119,7 @@ def copy_figures(benchmark: CopyBenchmark, neighbours: Neighbours) -> dict[str, 
             "map": _percent(mean(aps)),
             "recall_at_1": _percent(mean([float(correct[i, 0]) for i in wanted])),
             "micro_ap": _percent(
-                micro_average_precision(neighbours.scores[pairs], correct[pairs], total)
+                micro_average_precision(neighbours.similarity[pairs], correct[pairs], total)
                 if total
                 else None
             ),

@@ -128,7 +128,8 @@ def scores(
         labels: of the bank [M].
         truth: of the queries [Q].
     """
-    similarity, voters = found.similarity.cpu(), labels[found.places.cpu()]
+    similarity, places = found.cpu()
+    voters = labels[places]
     results = {}
     for k in ks:
         ranked = [

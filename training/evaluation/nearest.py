@@ -1,6 +1,6 @@
 """The nearest vectors of a bank that streams past: exact, in memory that does not grow with it."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -26,6 +26,10 @@ class Neighbours(NamedTuple):
 
     similarity: Tensor
     places: Tensor
+
+    def cpu(self) -> Self:
+        """The same on the CPU."""
+        return self._replace(similarity=self.similarity.cpu(), places=self.places.cpu())
 
 
 class Nearest:

@@ -8,8 +8,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.distributed import World, gather_rows
-
 KAPPAS = (1, 5, 10)
 
 
@@ -123,38 +121,6 @@ def micro_average_precision(scores: Tensor, correct: Tensor, positives: int) -> 
     hits, ranks = hits[ends], ends.nonzero()[:, 0] + 1
     steps = hits.diff(prepend=hits.new_zeros(1))
     return float((hits / ranks * steps).sum() / positives)
-
-
-class TopK:
-    """The k best of each query, from a database that comes in batches.
-
-    Of equal scores the first in the database is kept. [Q, k] scores and places are held.
-    """
-
-    def __init__(self, queries: int, k: int, device: torch.device) -> None:
-        self._k = k
-        self._scores = torch.empty(queries, 0, device=device)
-        self._places = torch.empty(queries, 0, dtype=torch.long, device=device)
-
-    def add(self, scores: Tensor, places: Tensor) -> None:
-        """Takes in a batch: scores [Q, B] and places [B], later ones than all before."""
-        everywhere = places.to(scores.device).expand(len(scores), -1)
-        self._scores, self._places = self._best(
-            torch.cat((self._scores, scores), dim=1),
-            torch.cat((self._places, everywhere), dim=1),
-        )
-
-    def gathered(self, here: World) -> tuple[Tensor, Tensor]:
-        """Scores and places [Q, k] over the shares of all processes, best first, on the CPU."""
-        scores, places = (
-            gather_rows(own.T.contiguous(), here).T for own in (self._scores, self._places)
-        )
-        best = self._best(scores, places)
-        return best[0].cpu(), best[1].cpu()
-
-    def _best(self, scores: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        ordered, order = scores.sort(dim=1, descending=True, stable=True)
-        return ordered[:, : self._k], places.gather(1, order[:, : self._k])
 
 
 def percent(figures: Mapping[int, float | None]) -> dict[str, float | None]:

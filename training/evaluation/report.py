@@ -250,6 +250,7 @@ def _attempt(name: str, work: Callable[[], T], here: World) -> Part[T]:
         if here.size > 1:
             raise
         said = one_line(error)
+        traceback.clear_frames(error.__traceback__)  # see `training.evaluation.__main__.main`
     except Exception as error:
         if here.size > 1:
             raise

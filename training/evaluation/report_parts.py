@@ -7,16 +7,17 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from training.decoding import decode
+from training.evaluation import knn
 from training.evaluation.command import Session
-from training.evaluation.confusion import Nearest, confusion_matrix, nearest, vote
-from training.evaluation.features import embedder, extract
+from training.evaluation.confusion import confusion_matrix
+from training.evaluation.features import embedder, extract, stream
 from training.evaluation.jaccard import cls_attention, default_size, view_of
 from training.evaluation.labelled import Labelled
+from training.evaluation.nearest import Neighbours
 from training.sources import Pictures, every
 
 T = TypeVar("T")
@@ -127,17 +128,18 @@ def ask(
         workers=own.workers,
         title="queries",
     )["cls"]
-    found = nearest(
+    bank = stream(
         train.pictures,
-        F.normalize(vectors, dim=1).to(here.device),
         view,
         embed,
-        k=k,
         here=here,
         batch_size=own.batch_size,
         workers=own.workers,
+        title="neighbours",
     )
-    taken_for = vote(found, train.labels, classes=len(train.classes)).cpu()
+    found = knn.neighbours({"cls": vectors}, bank, k=k, here=here)["cls"].cpu()
+    voters = train.labels[found.places]
+    taken_for = knn.vote(found.similarity, voters, classes=len(train.classes))[:, 0]
     if not here.is_main:
         return None
     count = min(queries, len(val.labels))
@@ -150,7 +152,7 @@ def ask(
     )
 
 
-def _row(query: int, train: Labelled, val: Labelled, found: Nearest, taken_for: int) -> Row:
+def _row(query: int, train: Labelled, val: Labelled, found: Neighbours, taken_for: int) -> Row:
     label = int(val.labels[query])
 
     def tile(of: Labelled, i: int, right: bool, similarity: float | None = None) -> Neighbour:

@@ -14,9 +14,10 @@ from tests.training.conftest import command, finish, picture, write_pictures
 from tests.training.evaluation.landmark_folder import write_landmarks
 from tests.training.evaluation.tiny_model import write_tiny_model
 from training.evaluation.__main__ import main
-from training.evaluation.copy_search import STRANGER, CopyBenchmark, Neighbours, copy_figures
+from training.evaluation.copy_search import STRANGER, CopyBenchmark, copy_figures
 from training.evaluation.copy_whitening import Moments
 from training.evaluation.copydays import open_copydays
+from training.evaluation.nearest import Neighbours
 from training.sources import DataError, FolderPictures, open_pictures
 
 
@@ -101,7 +102,7 @@ def test_figures_by_hand(tmp_path: Path) -> None:
         database_groups=torch.tensor([0, 1, 0, STRANGER]),
     )
     neighbours = Neighbours(
-        scores=torch.tensor([[0.9, 0.8], [0.6, 0.5], [0.7, 0.1], [0.3, 0.2]]),
+        similarity=torch.tensor([[0.9, 0.8], [0.6, 0.5], [0.7, 0.1], [0.3, 0.2]]),
         # A stranger and a distractor have the same group, and are no match.
         places=torch.tensor([[0, 2], [3, 1], [3, 0], [3, 1]]),
     )

@@ -199,7 +199,7 @@ def test_what_cannot_be_is_refused(
     assert "class 'class4' in --train has 1 picture" in error(*train)
     shutil.rmtree(tmp_path / "train" / "class0")
     shutil.rmtree(tmp_path / "train" / "class4")
-    assert "classes that --train lacks, e.g. 'class0'" in error(*train)
+    assert "class that --train lacks, e.g. 'class0'" in error(*train)
 
 
 def test_damaged_or_foreign_snapshots_are_refused(

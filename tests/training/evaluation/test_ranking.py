@@ -1,14 +1,11 @@
 import itertools
-import random
 
 import numpy as np
 import pytest
 import torch
 
-from tests.training.conftest import CPU
 from training.evaluation.ranking import (
     Relevant,
-    TopK,
     average_precision,
     micro_average_precision,
     ranked_figures,
@@ -74,22 +71,3 @@ def test_micro_average_precision_does_not_depend_on_the_order_of_ties() -> None:
 def test_micro_average_precision_refuses_impossible_counts() -> None:
     with pytest.raises(ValueError, match="positives is 0; 1 were found"):
         micro_average_precision(torch.ones(1), torch.tensor([True]), 0)
-
-
-def test_top_k_of_batches_is_that_of_the_whole() -> None:
-    rng = random.Random(0)
-    # Few different values, so that there are ties.
-    scores = torch.tensor([[rng.randrange(8) / 8 for _ in range(50)] for _ in range(4)])
-    best = TopK(4, 7, CPU.device)
-    for places in torch.arange(50).split(9):
-        best.add(scores[:, places], places)
-    found = best.gathered(CPU)
-    expected = scores.sort(dim=1, descending=True, stable=True)
-    assert torch.equal(found[0], expected.values[:, :7])
-    assert torch.equal(found[1], expected.indices[:, :7])
-
-
-def test_top_k_of_fewer_than_k() -> None:
-    best = TopK(2, 20, CPU.device)
-    best.add(torch.tensor([[0.1, 0.2], [0.4, 0.3]]), torch.arange(2))
-    assert best.gathered(CPU)[1].tolist() == [[1, 0], [0, 1]]

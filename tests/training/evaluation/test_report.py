@@ -137,7 +137,7 @@ def test_what_fails_is_said_and_the_others_stand(
     def breaks(*_: object, **__: object) -> None:
         raise RuntimeError("out of memory <1>")
 
-    monkeypatch.setattr(knn, "evaluate", breaks)
+    monkeypatch.setattr(knn, "compare", breaks)
     assert main(command_line(folder, *more, "--options", "knn=--k 1")) == 1
     out, err = capsys.readouterr()
     assert "Traceback" in err
