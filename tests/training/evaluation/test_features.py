@@ -49,16 +49,15 @@ def test_processes_shares_together_are_the_whole(tmp_path: Path) -> None:
         torch.testing.assert_close(together[name], vectors)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path, workers: int) -> None:
+def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     write_pictures(tmp_path, 5)
     pictures = open_pictures([tmp_path])
     (tmp_path / "003.png").unlink()
     with pytest.raises(DataError, match=r"picture '003\.png' cannot be read: .*No such file"):
-        extract(pictures, VIEW, embed, here=CPU, workers=workers)
+        extract(pictures, VIEW, embed, here=CPU)
     (tmp_path / "003.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"picture '003\.png' cannot be read"):
-        extract(pictures, VIEW, embed, here=CPU, workers=workers)
+        extract(pictures, VIEW, embed, here=CPU)
 
 
 def test_who_reads_for_a_device() -> None:
