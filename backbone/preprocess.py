@@ -142,11 +142,11 @@ class Preprocess:
 
     def to_tensor(self, picture: Image.Image) -> Tensor:
         """8-bit picture -> normalised float32 [C, H, W]."""
-        pixels = np.array(self._channels(picture), dtype=np.float32)
-        tensor = torch.from_numpy(pixels.reshape(picture.height, picture.width, -1))
-        mean = torch.tensor(self.mean) * 255.0
-        std = torch.tensor(self.std) * 255.0
-        return ((tensor - mean) / std).permute(2, 0, 1).contiguous()
+        pixels = np.array(self._channels(picture)).reshape(picture.height, picture.width, -1)
+        tensor = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # a fourth of the bytes
+        mean = torch.tensor(self.mean).reshape(-1, 1, 1) * 255.0
+        std = torch.tensor(self.std).reshape(-1, 1, 1) * 255.0
+        return (tensor.float() - mean) / std
 
     def _channels(self, picture: Image.Image) -> Image.Image:
         return picture if picture.mode == self.mode else picture.convert(self.mode)
