@@ -155,8 +155,8 @@ def read_artifact(path: Path) -> Artifact:
 def _header(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     if _ENTRY not in metadata:
         raise ArtifactError(
-            f"{path} has no {_ENTRY!r} entry in its header: it was not written by "
-            "`python -m training.export`"
+            f"{path} has no {_ENTRY!r} entry in its header: it is no model that "
+            "`python -m training.export` wrote"
         )
     try:
         header = json.loads(metadata[_ENTRY])

@@ -81,6 +81,8 @@ def load_model(model: str) -> NamedModel:
         known = ["default", *DOWNLOADS]
         near = difflib.get_close_matches(model, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
+        if (path / "snapshots").is_dir():
+            hint = "; a run's folder is exported first: `python -m training.export`"
         raise ArtifactError(
             f"model {model!r} is neither a file nor one of {', '.join(known)}{hint}"
         )

@@ -38,7 +38,7 @@ def fit_whitening(background: Tensor) -> Whitening:
     if count < 2 * dimension:
         raise ValueError(
             f"whitening of {dimension} dimensions needs at least {2 * dimension} pictures, "
-            f"not {count}"
+            f"not {count}; leave the whitening out, or give more"
         )
     normalised = F.normalize(background.double(), dim=1)
     mean = normalised.mean(dim=0)
