@@ -256,6 +256,7 @@ def test_real_pictures(tmp_path: Path) -> None:
         (["--train", "LONELY"], "class 'lonely' in --train has 1 picture"),
         (["--train", "BROKEN"], "picture 'green_disc/3.png' cannot be read"),
         (["--train", "BROKEN", "--workers", "1"], "picture 'green_disc/3.png' cannot be read"),
+        (["--seed", str(2**32)], "--seed 4294967296: must be from 0 to"),
         (["--out", "FILE"], "cannot be a folder"),
     ],
 )
