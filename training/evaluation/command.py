@@ -1,9 +1,10 @@
 """What every evaluation's command line shares: its options, its model, how results are told."""
 
 import argparse
+import errno
 import hashlib
 import json
-import sys
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 from backbone.artifact import Artifact, ArtifactError
 from backbone.pretrained import NamedModel, load_model
+from training.config import ConfigError
 from training.distributed import World, world
 from training.environment import environment
 from training.evaluation.features import reading_workers
@@ -55,11 +57,13 @@ def session(options: argparse.Namespace) -> Iterator[Session]:
 
     Raises:
         ArtifactError: a model that cannot be loaded, or that takes no pictures from files.
-        ConfigError: a device that is not there.
+        ConfigError: a device that is not there, or a file of --save that cannot be written.
     """
     model = load_model(options.model)
     check_channels(model)
     with world(options.device) as here:
+        if here.is_main and options.save is not None:
+            check_save(options.save)
         workers = reading_workers(here.device) if options.workers is None else options.workers
         yield Session(here, model, options.precision, options.batch_size, workers)
 
@@ -74,6 +78,28 @@ def check_channels(model: NamedModel) -> None:
         _ = model.artifact.preprocess.mode
     except ValueError as error:
         raise ArtifactError(f"--model {model.name}: {error}") from error
+
+
+def check_save(path: Path) -> None:
+    """Makes the folder of --save, and refuses a file that could not be written hours later.
+
+    Raises:
+        ConfigError: names the file and the reason.
+    """
+    with _saving(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, "may not be written")
+
+
+@contextmanager
+def _saving(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"--save: {str(path)!r} cannot be written: {error.strerror}") from error
 
 
 def tell(
@@ -98,7 +124,7 @@ def tell(
         table: for people; lines.
 
     Raises:
-        OSError: the file of --save cannot be written.
+        ConfigError: the file of --save cannot be written.
     """
     if not session.here.is_main:
         return
@@ -111,11 +137,10 @@ def tell(
         "environment": environment(session.here),
     }
     text = json.dumps(found)
+    print(text if options.json else table, flush=True)
     if options.save is not None:
-        options.save.parent.mkdir(parents=True, exist_ok=True)
-        options.save.write_text(text + "\n", encoding="utf-8")
-    print(text if options.json else table)
-    sys.stdout.flush()
+        with _saving(options.save):
+            options.save.write_text(text + "\n", encoding="utf-8")
 
 
 def describe_model(model: NamedModel) -> dict[str, Any]:

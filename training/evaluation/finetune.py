@@ -100,9 +100,14 @@ def _run(options: argparse.Namespace) -> None:
         figures = summary(fitted.curve)
         if here.is_main:
             described = _describe(own, protocol, preprocess, train, figures)
-            figures["fingerprint_finetuned"] = publish(
-                classifier, described, train.classes, options.out
-            )
+            try:
+                figures["fingerprint_finetuned"] = publish(
+                    classifier, described, train.classes, options.out
+                )
+            except OSError as error:
+                raise ConfigError(
+                    f"--out {str(options.out)!r}: cannot be written to: {error.strerror}"
+                ) from error
         tell(
             options,
             own,

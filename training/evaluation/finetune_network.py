@@ -118,6 +118,7 @@ def publish(classifier: Classifier, described: Artifact, classes: Sequence[str],
 
     Raises:
         ArtifactError: weights that are not finite.
+        OSError: a file cannot be written.
     """
     artifact = replace(described, weights=classifier.backbone.state_dict())
     fingerprint = write_artifact(artifact, out / BACKBONE)

@@ -68,6 +68,7 @@ class Protocol:
             "erasing": (0 <= self.erasing <= 1, "from 0 to 1"),
             "min_scale": (0 < self.min_scale <= 1, "above 0 and at most 1"),
             "clip_grad": (0 <= self.clip_grad < float("inf"), "0 or more"),
+            "seed": (0 <= self.seed < 2**32, "from 0 to 2**32 - 1"),
             "batch_size": (
                 not self.mixes or self.batch_size % 2 == 0,
                 "even, for pictures are mixed in pairs (or --mixup 0 --cutmix 0)",
