@@ -118,7 +118,10 @@ def open_voc(folder: Path) -> Pairs:
         raise DataError(
             f"{str(folder)!r} is not of VOC12's layout: it has no ImageSets/Segmentation/val.txt"
         )
-    stems = listed.read_text(encoding="utf-8").split()
+    try:
+        stems = listed.read_text(encoding="utf-8-sig").split()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{str(listed)!r} is not text in UTF-8: {error}") from error
     if not stems:
         raise DataError(f"{str(listed)!r} is empty; expected a picture's name on each line")
     pictures = _folder(folder / "JPEGImages")
