@@ -15,6 +15,7 @@ from backbone.pretrained import NamedModel, load_model
 from training.distributed import World, world
 from training.environment import environment
 from training.evaluation.features import reading_workers
+from training.evaluation.outputs import check_file
 from training.sources import Pictures
 
 
@@ -55,11 +56,13 @@ def session(options: argparse.Namespace) -> Iterator[Session]:
 
     Raises:
         ArtifactError: a model that cannot be loaded, or that takes no pictures from files.
-        ConfigError: a device that is not there.
+        ConfigError: a device that is not there, or a file of --save that cannot be written.
     """
     model = load_model(options.model)
     check_channels(model)
     with world(options.device) as here:
+        if options.save is not None and here.is_main:
+            check_file("--save", options.save)
         workers = reading_workers(here.device) if options.workers is None else options.workers
         yield Session(here, model, options.precision, options.batch_size, workers)
 
@@ -112,7 +115,6 @@ def tell(
     }
     text = json.dumps(found)
     if options.save is not None:
-        options.save.parent.mkdir(parents=True, exist_ok=True)
         options.save.write_text(text + "\n", encoding="utf-8")
     print(text if options.json else table)
     sys.stdout.flush()

@@ -33,6 +33,7 @@ from training.evaluation.davis import (
 )
 from training.evaluation.features import share
 from training.evaluation.label_propagation import Propagation, to_labels, to_mask, track
+from training.evaluation.outputs import check_folder
 from training.evaluation.segmentation_measures import (
     Statistics,
     boundary_f,
@@ -249,6 +250,7 @@ def _run(options: argparse.Namespace) -> None:
         folder = options.only_measure
         if folder is None:
             folder = options.out
+            check_folder("--out", folder)
             segment(sequences, folder, own, settings, short_side=options.size)
         else:
             protocol = {"masks": str(folder)}
