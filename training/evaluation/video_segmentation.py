@@ -67,8 +67,8 @@ def view_size(width: int, height: int, *, short_side: int, patch_size: int) -> t
     short = short_side // patch_size * patch_size
     if short == 0:
         raise ConfigError(f"--size {short_side} holds no patch of {patch_size} pixels")
-    proportion = max(width, height) / min(width, height)
-    long = int(short_side * proportion) // _MULTIPLE * _MULTIPLE // patch_size * patch_size
+    long = int(short_side * max(width, height) / min(width, height))
+    long = long // _MULTIPLE * _MULTIPLE // patch_size * patch_size
     long = long or short
     return (short, long) if height > width else (long, short)
 
