@@ -1,5 +1,8 @@
-"""How a loader's worker processes are started."""
+"""How a loader's worker processes are started, and ended."""
 
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +21,20 @@ def worker_settings(workers: int) -> dict[str, Any]:
         "multiprocessing_context": "fork" if workers else None,
         "worker_init_fn": start_worker,
     }
+
+
+@contextmanager
+def ending_workers() -> Iterator[None]:
+    """Ends the workers of loaders that an error, or Ctrl-C, has interrupted inside.
+
+    Its traceback holds what the functions were at, and so the loader and its workers. They are
+    shielded from signals (`training.signals`): the interpreter's end would wait a minute for them.
+    """
+    try:
+        yield
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
 
 
 def start_worker(_: int) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-import traceback
 from collections.abc import Sequence
 
 from tqdm import tqdm
@@ -22,6 +21,7 @@ from training.evaluation import (
     video_segmentation,
 )
 from training.sources import DataError
+from training.workers import ending_workers
 
 EVALUATIONS = (
     knn,
@@ -43,9 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ArtifactError, ConfigError, DataError, OSError) as error:
         # On a line of its own, where a bar still stands.
         tqdm.write(f"error: {one_line(error)}", file=sys.stderr)
-        # A worker's error holds its traceback, which holds the loader and so its other workers.
-        # The interpreter would wait for them at its end, for the minute that they are shielded.
-        traceback.clear_frames(error.__traceback__)
         return 2
 
 
@@ -63,7 +60,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     for evaluation in EVALUATIONS:
         evaluation.add_command(names)
     options = parser.parse_args(arguments)
-    return options.run(options) or 0
+    with ending_workers():
+        return options.run(options) or 0
 
 
 if __name__ == "__main__":

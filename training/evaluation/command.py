@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ from backbone.pretrained import NamedModel, load_model
 from training.distributed import World, world
 from training.environment import environment
 from training.evaluation.features import reading_workers
-from training.evaluation.outputs import check_file
+from training.evaluation.outputs import check_file, writing
 from training.sources import Pictures
 
 
@@ -61,7 +60,7 @@ def session(options: argparse.Namespace) -> Iterator[Session]:
     model = load_model(options.model)
     check_channels(model)
     with world(options.device) as here:
-        if options.save is not None and here.is_main:
+        if here.is_main and options.save is not None:
             check_file("--save", options.save)
         workers = reading_workers(here.device) if options.workers is None else options.workers
         yield Session(here, model, options.precision, options.batch_size, workers)
@@ -101,7 +100,7 @@ def tell(
         table: for people; lines.
 
     Raises:
-        OSError: the file of --save cannot be written.
+        ConfigError: the file of --save cannot be written.
     """
     if not session.here.is_main:
         return
@@ -114,10 +113,10 @@ def tell(
         "environment": environment(session.here),
     }
     text = json.dumps(found)
+    print(text if options.json else table, flush=True)
     if options.save is not None:
-        options.save.write_text(text + "\n", encoding="utf-8")
-    print(text if options.json else table)
-    sys.stdout.flush()
+        with writing("--save", options.save):
+            options.save.write_text(text + "\n", encoding="utf-8")
 
 
 def describe_model(model: NamedModel) -> dict[str, Any]:

@@ -9,14 +9,13 @@ from threading import Lock
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from backbone.artifact import Artifact
 from backbone.descriptors import check_descriptors, describe
 from training.decoding import decode
 from training.distributed import World, gather_rows
-from training.evaluation.loading import Views, batches, side_by_side
 from training.precision import autocast, autocast_dtype
 from training.sources import DataError, Pictures
 from training.workers import worker_settings
@@ -40,6 +39,19 @@ def reading_workers(device: torch.device) -> int:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(16, (cores or 1) // max(1, torch.cuda.device_count())))
+
+
+def content_and_name(pictures: Pictures, place: int) -> tuple[bytes, str]:
+    """The encoded bytes of the picture that stands at `place`, and its name: what `decode` takes.
+
+    Raises:
+        DataError: they cannot be read.
+    """
+    name = pictures.names[place]
+    try:
+        return pictures.read(place), name
+    except OSError as error:
+        raise DataError(f"picture {name!r} cannot be read: {error}") from error
 
 
 def share(count: int, here: World) -> range:
@@ -74,15 +86,14 @@ def stream(
     """
     places = share(len(pictures.names), here)
     reader = _Reader(pictures, view, places or range(1))
+    read: Iterable[Sequence[Tensor]]
     if workers:
-        loader = DataLoader(
-            Views(reader.make, len(reader)),
+        read = DataLoader(
+            reader,
             batch_size=batch_size,
-            collate_fn=side_by_side,
             pin_memory=here.device.type == "cuda",
             **worker_settings(workers),
         )
-        read = batches(loader)
     else:
         read = _read_here(reader, batch_size)
     with tqdm(
@@ -160,8 +171,8 @@ def embedder(
     return embed
 
 
-class _Reader:
-    """Reads and decodes this process's share."""
+class _Reader(Dataset[tuple[int, Tensor]]):
+    """Reads and decodes this process's share: the place of the i-th picture, and its view."""
 
     def __init__(self, pictures: Pictures, view: View, places: range) -> None:
         self._pictures, self._view, self._places = pictures, view, places
@@ -169,8 +180,7 @@ class _Reader:
     def __len__(self) -> int:
         return len(self._places)
 
-    def make(self, i: int) -> tuple[int, Tensor]:
-        """The place of the i-th picture, and its view."""
+    def __getitem__(self, i: int) -> tuple[int, Tensor]:
         return self.place(i), self.view(self.read(i))
 
     def place(self, i: int) -> int:
@@ -179,12 +189,7 @@ class _Reader:
 
     def read(self, i: int) -> tuple[bytes, str]:
         """The encoded bytes, and the name. For one thread at a time: archives hold a place."""
-        place = self.place(i)
-        name = self._pictures.names[place]
-        try:
-            return self._pictures.read(place), name
-        except OSError as error:
-            raise DataError(f"picture {name!r} cannot be read: {error}") from error
+        return content_and_name(self._pictures, self.place(i))
 
     def view(self, content: tuple[bytes, str]) -> Tensor:
         """What `read` gave -> its view. For any thread."""

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from backbone.preprocess import IMAGENET_MEAN, Preprocess
 from training.data import RunSampler
 from training.decoding import decode
-from training.evaluation.features import View
+from training.evaluation.features import View, content_and_name
 from training.evaluation.finetune_protocol import Protocol
 from training.evaluation.labelled import Labelled
 from training.plan import Plan
@@ -175,7 +175,6 @@ class _Views(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, i = key
-        pictures = self._train.pictures
-        picture = decode(pictures.read(i), pictures.names[i])
+        picture = decode(*content_and_name(self._train.pictures, i))
         with drawn_from(f"{self._seed}/{epoch}/{i}"):
             return self._view(picture), int(self._train.labels[i])

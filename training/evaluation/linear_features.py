@@ -8,21 +8,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from backbone.preprocess import Preprocess
 from training.augmentations import random_box
 from training.config import ConfigError
 from training.decoding import decode
 from training.distributed import World, all_reduce_sum, barrier, gather_rows
-from training.evaluation.features import Embed, share, stream
-from training.evaluation.loading import Views, batches, side_by_side
+from training.evaluation.features import Embed, content_and_name, share, stream
 from training.sources import Pictures
 from training.workers import worker_settings
 
@@ -110,22 +110,15 @@ def of_random_crops(
     Raises:
         DataError: a picture that cannot be read; it is named.
     """
-
-    def view(key: tuple[int, int]) -> tuple[int, Tensor]:
-        epoch, place = key
-        picture = decode(pictures.read(place), pictures.names[place])
-        rng = random.Random(f"{order.seed}/{epoch}/{place}")
-        return place, random_crop(picture, frozen.preprocess, rng)
-
     device = order.here.device
     loader = DataLoader(
-        Views(view),
+        _Crops(pictures, frozen.preprocess, order.seed),
         batch_sampler=_Batches(order, start, stop),
-        collate_fn=side_by_side,
+        collate_fn=_side_by_side,
         pin_memory=device.type == "cuda",
         **worker_settings(frozen.workers),
     )
-    for places, crops in batches(loader):
+    for places, crops in loader:
         if len(places):
             with torch.inference_mode():
                 found = frozen.embed(crops.to(device, non_blocking=True))[frozen.descriptor]
@@ -167,6 +160,8 @@ def store(path: Path, pictures: Pictures, frozen: Frozen, here: World) -> Rows:
             workers=frozen.workers,
             title=path.stem,
         ):
+            if not len(places):
+                continue  # fewer pictures than processes
             with _keeping(path):
                 file.seek(int(places[0]) * row_bytes)  # the places of a batch are neighbours
                 file.write(found[frozen.descriptor].cpu().numpy().tobytes())
@@ -224,6 +219,24 @@ def _everywhere(path: Path, here: World) -> Path:
             "on a disk that they share"
         )
     return path
+
+
+class _Crops(Dataset[tuple[int, Tensor]]):
+    """(epoch, place) -> the place, and that picture's crop in that epoch."""
+
+    def __init__(self, pictures: Pictures, preprocess: Preprocess, seed: int) -> None:
+        self._pictures, self._preprocess, self._seed = pictures, preprocess, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[int, Tensor]:
+        epoch, place = key
+        picture = decode(*content_and_name(self._pictures, place))
+        rng = random.Random(f"{self._seed}/{epoch}/{place}")
+        return place, random_crop(picture, self._preprocess, rng)
+
+
+def _side_by_side(crops: list[tuple[int, Tensor]]) -> Any:
+    """A loader's `collate_fn` for batches that may be empty."""
+    return default_collate(crops) if crops else (torch.empty(0, dtype=torch.int64), torch.empty(0))
 
 
 class _Batches(Sampler[list[tuple[int, int]]]):

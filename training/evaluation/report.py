@@ -28,6 +28,7 @@ from training.evaluation.labelled import open_train_and_val
 from training.evaluation.outputs import check_folder
 from training.evaluation.report_parts import Attention, Confusion, K, Part, ask, look_at
 from training.sources import DataError, open_pictures
+from training.workers import ending_workers
 
 T = TypeVar("T")
 
@@ -250,12 +251,12 @@ def _attempt(name: str, work: Callable[[], T], here: World) -> Part[T]:
     Several processes cannot go on: the others may be waiting for the one that failed.
     """
     try:
-        return Part(name, work())
+        with ending_workers():
+            return Part(name, work())
     except (ArtifactError, ConfigError, DataError) as error:
         if here.size > 1:
             raise
         said = one_line(error)
-        traceback.clear_frames(error.__traceback__)  # see `training.evaluation.__main__.main`
     except Exception as error:
         if here.size > 1:
             raise

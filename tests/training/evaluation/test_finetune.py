@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import multiprocessing
 import shutil
 import signal
 import sys
@@ -254,6 +255,7 @@ def test_real_pictures(tmp_path: Path) -> None:
         (["--val", "OTHER"], "that --train lacks, e.g. 'purple' of 'purple/0.png'"),
         (["--train", "LONELY"], "class 'lonely' in --train has 1 picture"),
         (["--train", "BROKEN"], "picture 'green_disc/3.png' cannot be read"),
+        (["--train", "BROKEN", "--workers", "1"], "picture 'green_disc/3.png' cannot be read"),
         (["--out", "FILE"], "cannot be a folder"),
     ],
 )
@@ -275,13 +277,15 @@ def test_wrong_input_is_told(
         if more[1] == "BROKEN":
             (tmp_path / "BROKEN" / "green_disc" / "3.png").write_bytes(b"\x89PNG broken")
     if (tmp_path / more[1]).exists():
-        more = [more[0], str(tmp_path / more[1])]
+        more = [more[0], str(tmp_path / more[1]), *more[2:]]
     assert main(options(data, tmp_path / "out", *more)) == 2
     told = capsys.readouterr()
     assert told.out == ""
     error = told.err[told.err.rindex("error: ") :].strip()
     assert message in error
     assert "\n" not in error
+    # Workers left over would be waited for at the interpreter's end, for a minute.
+    assert multiprocessing.active_children() == []
 
 
 def test_another_command_cannot_go_on_with_a_run(

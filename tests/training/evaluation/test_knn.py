@@ -1,4 +1,8 @@
 import json
+import signal
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +186,37 @@ def test_a_folder_that_cannot_be_written(folder: Path, capsys: pytest.CaptureFix
     (folder / "taken").write_text("a file")
     said = refused(folder, capsys, "--save-features", str(folder / "taken"))
     assert f"--save-features {folder}/taken: " in said
+
+
+def test_a_result_that_cannot_be_saved_is_refused_before_the_work(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "taken").touch()
+    bad = ["--val", str(folder / "nothing")]  # would be refused next
+    said = refused(folder, capsys, *bad, "--save", str(folder / "taken" / "found.json"))
+    assert said.startswith(f"error: --save: '{folder}/taken/found.json' cannot be written: ")
+    assert "it is a folder" in refused(folder, capsys, *bad, "--save", str(folder))
+    found = figures(folder, capsys, "--save", str(folder / "new" / "found.json"))
+    assert json.loads((folder / "new" / "found.json").read_text()) == found
+
+
+def test_ctrl_c_does_not_wait_for_workers(folder: Path) -> None:
+    """They are shielded from signals for a minute."""
+    for i in range(400):
+        (folder / "val" / "class0" / f"more{i}.png").symlink_to(folder / "val/class0/10.png")
+    pictures = arguments(folder, "--workers", "1", "--batch-size", "1")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "training.evaluation", *pictures],
+        stderr=subprocess.PIPE,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stderr is not None
+    while b"1/" not in process.stderr.read1():  # type: ignore[attr-defined]
+        pass
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert said.endswith(b"KeyboardInterrupt\n")
+    assert process.returncode == -signal.SIGINT
 
 
 def test_two_processes_find_the_same(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

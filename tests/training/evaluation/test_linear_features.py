@@ -1,6 +1,7 @@
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torchvision.transforms import InterpolationMode
@@ -104,6 +105,9 @@ def test_features_in_a_file(frozen: Frozen, tmp_path: Path) -> None:
             torch.testing.assert_close(
                 torch.from_numpy(rows[i].copy()), frozen.embed(view)["last4"][0]
             )
+        for rank in range(8):  # two of them have no picture
+            shared = store(folder / "shared", pictures, frozen, World(rank, 8, CPU.device))
+        np.testing.assert_allclose(shared, rows, atol=1e-5)
     assert not folder.exists()
     with pytest.raises(ConfigError, match=r"kept in '.*missing/train': No such file"):
         store(tmp_path / "missing" / "train", pictures, frozen, CPU)

@@ -23,12 +23,12 @@ def test_what_can_be_written_leaves_nothing_but_its_folder(tmp_path: Path) -> No
 
 def test_what_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"--save .*file/x.json cannot be written"):
+    with pytest.raises(ConfigError, match=r"--save: .*file/x.json' cannot be written"):
         check_file("--save", tmp_path / "file" / "x.json")
-    with pytest.raises(ConfigError, match="is a folder; expected a file's name"):
+    with pytest.raises(ConfigError, match="cannot be written: it is a folder"):
         check_file("--save", tmp_path)
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ConfigError, match=r"--out .* cannot be written"):
+        with pytest.raises(ConfigError, match=r"--out: .* cannot be written"):
             check_folder("--out", folder)
 
 
@@ -53,4 +53,4 @@ def test_commands_say_so(
     command += ["--model", write_tiny_model(tmp_path / "model.safetensors")]
     below = tmp_path / "file" / "x.png"
     assert main([*command, option, str(below)]) == 2
-    assert f"error: {option} {below} cannot be written" in capsys.readouterr().err
+    assert f"error: {option}: '{below}' cannot be written" in capsys.readouterr().err
