@@ -124,7 +124,8 @@ def _reading(name: str) -> Iterator[None]:
             yield
     except Exception as error:
         # A decoder may raise anything on bytes that are wrong: Pillow promises no kinds of errors.
-        raise DataError(f"picture {name!r} cannot be read: {error}") from error
+        what = "no known format" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"picture {name!r} cannot be read: {what}") from error
 
 
 def _decode_jpeg(

@@ -37,10 +37,10 @@ EVALUATIONS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 2 for a model or data that cannot be used."""
+    """The command line; returns the exit status: 2 for what cannot be used, or written."""
     try:
         return run(arguments)
-    except (ArtifactError, ConfigError, DataError) as error:
+    except (ArtifactError, ConfigError, DataError, OSError) as error:
         # On a line of its own, where a bar still stands.
         tqdm.write(f"error: {one_line(error)}", file=sys.stderr)
         return 2
@@ -53,6 +53,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         ArtifactError: a model that cannot be used.
         ConfigError: options that make no sense together.
         DataError: data that cannot be used.
+        OSError: a file that cannot be read or written.
     """
     parser = argparse.ArgumentParser(prog="python -m training.evaluation", description=__doc__)
     names = parser.add_subparsers(required=True, metavar="NAME")

@@ -26,6 +26,7 @@ from training.evaluation.command import (
 )
 from training.evaluation.jaccard import cls_attention, default_size, evaluate, summarise, view_of
 from training.evaluation.masks import Pairs, open_pairs, open_voc
+from training.evaluation.outputs import check_file
 from training.sources import DataError
 
 MASS = 0.6
@@ -59,6 +60,8 @@ def _run(options: argparse.Namespace) -> None:
         if not 0.0 < mass <= 1.0:
             raise ConfigError(f"--mass {mass}: must be above 0 and at most 1")
     with session(options) as own:
+        if options.save_examples is not None and own.here.is_main:
+            check_file("--save-examples", options.save_examples)
         asked = options.model if own.model.name in options.beside else own.model.name
         models = {asked: own.model}
         for name in options.beside:
@@ -172,8 +175,7 @@ def _save_examples(options: argparse.Namespace, own: Session, pairs: Pairs, scor
         kept = mass_mask(attention[best], options.mass[0])
         columns = one.shape[-1] // own.artifact.architecture.patch_size
         rows.append(draw_example(pair, kept.reshape(-1, columns).cpu().numpy()))
-    options.save_examples.parent.mkdir(parents=True, exist_ok=True)
-    sheet(rows).save(options.save_examples)
+    sheet(rows).save(options.save_examples, "PNG")
 
 
 def _table(results: dict[str, dict[str, Any]], scores: Tensor, empty: int) -> str:

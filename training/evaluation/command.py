@@ -1,10 +1,8 @@
 """What every evaluation's command line shares: its options, its model, how results are told."""
 
 import argparse
-import errno
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,10 +11,10 @@ from typing import Any
 
 from backbone.artifact import Artifact, ArtifactError
 from backbone.pretrained import NamedModel, load_model
-from training.config import ConfigError
 from training.distributed import World, world
 from training.environment import environment
 from training.evaluation.features import reading_workers
+from training.evaluation.outputs import check_file, writing
 from training.sources import Pictures
 
 
@@ -63,7 +61,7 @@ def session(options: argparse.Namespace) -> Iterator[Session]:
     check_channels(model)
     with world(options.device) as here:
         if here.is_main and options.save is not None:
-            check_save(options.save)
+            check_file("--save", options.save)
         workers = reading_workers(here.device) if options.workers is None else options.workers
         yield Session(here, model, options.precision, options.batch_size, workers)
 
@@ -78,28 +76,6 @@ def check_channels(model: NamedModel) -> None:
         _ = model.artifact.preprocess.mode
     except ValueError as error:
         raise ArtifactError(f"--model {model.name}: {error}") from error
-
-
-def check_save(path: Path) -> None:
-    """Makes the folder of --save, and refuses a file that could not be written hours later.
-
-    Raises:
-        ConfigError: names the file and the reason.
-    """
-    with _saving(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "is a folder")
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise PermissionError(errno.EACCES, "may not be written")
-
-
-@contextmanager
-def _saving(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"--save: {str(path)!r} cannot be written: {error.strerror}") from error
 
 
 def tell(
@@ -139,7 +115,7 @@ def tell(
     text = json.dumps(found)
     print(text if options.json else table, flush=True)
     if options.save is not None:
-        with _saving(options.save):
+        with writing("--save", options.save):
             options.save.write_text(text + "\n", encoding="utf-8")
 
 

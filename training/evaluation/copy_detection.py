@@ -32,6 +32,7 @@ from training.evaluation.copy_search import (
 from training.evaluation.copy_whitening import Moments
 from training.evaluation.copydays import open_copydays
 from training.evaluation.features import View, embedder, stream
+from training.evaluation.outputs import check_file
 from training.evaluation.synthetic_copies import LEAST, contact_sheet, synthetic_benchmark
 from training.sources import DataError, Pictures, open_pictures
 
@@ -162,7 +163,7 @@ def _open(options: argparse.Namespace, own: Session) -> CopyBenchmark:
     pictures, seed = open_pictures(options.synthetic), options.seed or 0
     benchmark = synthetic_benchmark(pictures, seed=seed, count=options.count)
     if options.save_examples and own.here.is_main:
-        options.save_examples.parent.mkdir(parents=True, exist_ok=True)
+        check_file("--save-examples", options.save_examples)
         sheet = contact_sheet(pictures, seed=seed, count=options.count)
         sheet.save(options.save_examples, "PNG")
     return benchmark

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from backbone.pictures import FORMATS
+from training.picture_files import is_hidden
 from training.sources import DataError
 
 Indices = npt.NDArray[np.uint8]
@@ -168,7 +169,12 @@ def _open_sequence(root: Path, name: str) -> VideoSequence:
 def _files(folder: Path, suffix: str) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"{str(folder)!r} is no folder; {VAL} lists its sequence")
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() == suffix)
+    # Hidden files beside them are no frames: some file systems keep ._00000.jpg for each.
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() == suffix and not is_hidden(path.name)
+    )
 
 
 def _size(path: Path) -> tuple[int, int]:

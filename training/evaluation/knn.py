@@ -30,6 +30,7 @@ from training.precision import autocast_dtype, precision_name
 from training.sources import DataError
 
 TEMPERATURE = 0.07
+KS = (10, 20, 100, 200)
 _CHUNK = 4096  # queries that vote at once
 
 Scores = dict[str, dict[str, float]]
@@ -220,8 +221,15 @@ def add_command(names: Any) -> None:
     add_common_options(parser)
     parser.add_argument("--train", required=True, nargs="+", help="the bank: class folders or tars")
     parser.add_argument("--val", required=True, nargs="+", help="the queries, likewise")
-    parser.add_argument("--k", type=positive, nargs="+", default=[10, 20, 100, 200])
-    parser.add_argument("--temperature", type=_temperature, default=TEMPERATURE)
+    parser.add_argument(
+        "--k",
+        type=positive,
+        nargs="+",
+        help="neighbours that vote (default: those of 10, 20, 100 and 200 that --train has)",
+    )
+    parser.add_argument(
+        "--temperature", type=_temperature, default=TEMPERATURE, help="of votes (%(default)s)"
+    )
     parser.add_argument(
         "--descriptors",
         nargs="+",
@@ -249,15 +257,14 @@ def _temperature(text: str) -> float:
 def _run(options: argparse.Namespace) -> None:
     with session(options) as own:
         train, val = open_train_and_val(options.train, options.val)
-        if too_many := [k for k in options.k if k > len(train.labels)]:
-            raise DataError(f"--k {too_many[0]}: --train holds {len(train.labels)} pictures")
+        ks = _neighbour_counts(options.k, len(train.labels))
         queries, bank = _vectors(options, own, {"val": val, "train": train})
         results = compare(
             queries,
             bank,
             train,
             val,
-            ks=options.k,
+            ks=ks,
             here=own.here,
             temperature=options.temperature,
         )
@@ -267,7 +274,7 @@ def _run(options: argparse.Namespace) -> None:
             name="knn",
             figures={"knn": results[options.descriptors[0]], "descriptors": results},
             protocol={
-                "k": options.k,
+                "k": ks,
                 "temperature": options.temperature,
                 "descriptors": list(results),
             },
@@ -278,6 +285,16 @@ def _run(options: argparse.Namespace) -> None:
             },
             table=_table(results, own, train, val),
         )
+
+
+def _neighbour_counts(asked: list[int] | None, pictures: int) -> list[int]:
+    if asked is None:
+        return [k for k in KS if k <= pictures] or [pictures]
+    if too_many := [k for k in asked if k > pictures]:
+        raise DataError(
+            f"--k {too_many[0]}: --train holds {pictures} pictures; k must be 1 to that"
+        )
+    return asked
 
 
 def _vectors(

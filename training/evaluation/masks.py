@@ -22,6 +22,8 @@ VOID = 255
 
 Bools = npt.NDArray[np.bool_]
 
+_GREY_LEVELS = 16  # that channels of a grey picture may be apart, of 255
+
 
 class ObjectMask(NamedTuple):
     """What is to be found in a picture.
@@ -118,7 +120,10 @@ def open_voc(folder: Path) -> Pairs:
         raise DataError(
             f"{str(folder)!r} is not of VOC12's layout: it has no ImageSets/Segmentation/val.txt"
         )
-    stems = listed.read_text(encoding="utf-8").split()
+    try:
+        stems = listed.read_text(encoding="utf-8-sig").split()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{str(listed)!r} is not text in UTF-8: {error}") from error
     if not stems:
         raise DataError(f"{str(listed)!r} is empty; expected a picture's name on each line")
     pictures = _folder(folder / "JPEGImages")
@@ -144,22 +149,43 @@ def read_mask(path: Path) -> ObjectMask:
     what is above 127, of 255, after they have been made grey.
 
     Raises:
-        DataError: a file that cannot be read, or whose brightest value is from 2 to 127, so that
-            it is neither of these; names it.
+        DataError: a file that cannot be read, that has colours or transparency, or whose brightest
+            value is from 2 to 127, so that it is neither of these; names it.
     """
     picture = _open(path)
     if picture.mode == "P":
         inside = np.asarray(picture) != 0
         return ObjectMask(inside, np.ones_like(inside))
+    _require_grey(picture, path)
     values = np.asarray(to_mode(picture, "L"))
     brightest = int(values.max())
     if 1 < brightest <= 127:
         raise DataError(
-            f"mask {str(path)!r} is grey and its largest value is {brightest}; expected 0 and 255, "
-            "0 and 1, or a palette"
+            f"mask {str(path)!r}: its largest value is {brightest}; expected 0 and 255, 0 and 1, or "
+            "a palette; save the object as 255"
         )
     inside = values > (127 if brightest > 1 else 0)
     return ObjectMask(inside, np.ones_like(inside))
+
+
+def _require_grey(picture: Image.Image, path: Path) -> None:
+    """Colours that stand for objects, or a cut-out, would be taken for something else.
+
+    What JPEG does to grey is let pass: colours a few levels from it.
+    """
+    bands = picture.convert("RGBA") if picture.mode not in ("1", "L", "I", "I;16", "F") else None
+    if bands is None:
+        return
+    values = np.asarray(bands).astype(np.int16)
+    colours = values[..., :3].max(axis=2) - values[..., :3].min(axis=2)
+    found = "colours" if int(colours.max()) > _GREY_LEVELS else ""
+    if int(values[..., 3].min()) < 255:
+        found = "transparency"
+    if found:
+        raise DataError(
+            f"mask {str(path)!r} has {found}; expected grey of 0 and 255, 0 and 1, or a palette: "
+            "save it as grey, with 255 for the object"
+        )
 
 
 def read_voc(path: Path) -> ObjectMask:

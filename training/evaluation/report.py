@@ -25,6 +25,7 @@ from training.evaluation.command import (
     whole,
 )
 from training.evaluation.labelled import open_train_and_val
+from training.evaluation.outputs import check_folder
 from training.evaluation.report_parts import Attention, Confusion, K, Part, ask, look_at
 from training.sources import DataError, open_pictures
 from training.workers import ending_workers
@@ -128,7 +129,8 @@ def _run(options: argparse.Namespace) -> int:
             batch_size=options.batch_size or _BATCH_SIZE,
             workers=options.default_workers if options.workers is None else options.workers,
         )
-        options.out.mkdir(parents=True, exist_ok=True)
+        if own.here.is_main:
+            check_folder("--out", options.out)
         found = {job.name: _evaluate(job, options, more, own.here) for job in jobs}
         seen = _attempt("attention maps", lambda: _attention(options, own), own.here)
         confused = _attempt("neighbours", lambda: _confusion(options, own), own.here)
@@ -194,7 +196,10 @@ def _more(given: Sequence[str]) -> dict[str, list[str]]:
             raise ConfigError(
                 f'--options {text!r}: must be NAME="--MORE", NAME one of {", ".join(sorted(known))}'
             )
-        found[name] = shlex.split(rest)
+        try:
+            found[name] = shlex.split(rest)
+        except ValueError as error:  # a quotation without its end
+            raise ConfigError(f"--options {text!r}: {error}") from error
     return found
 
 

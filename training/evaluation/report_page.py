@@ -96,7 +96,7 @@ def _attention(found: Sequence[Attention] | None) -> str:
         shown = _tile(each.picture)
         maps = [each.maps.mean(axis=0), *each.maps]
         rows.append([jpeg(tile) for tile in (shown, *(heat(one, shown) for one in maps))])
-    heads = [f"head {head + 1}" for head in range(len(found[0].maps))]
+    heads = [f"head {head}" for head in range(len(found[0].maps))]
     return grid(["picture", "mean of the heads", *heads], rows)
 
 

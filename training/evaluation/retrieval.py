@@ -150,7 +150,9 @@ def add_command(names: Any) -> None:
     data.add_argument("--labels", nargs="+", help="class folders or tars: each searches the others")
     parser.add_argument("--dataset", choices=DATASETS, help="one of those in --data")
     parser.add_argument(
-        "--image-size", type=positive, default=IMAGE_SIZE, help="long side in pixels, of --data"
+        "--image-size",
+        type=positive,
+        help=f"long side in pixels, of --data (default: {IMAGE_SIZE})",
     )
     parser.add_argument("--multiscale", action="store_true", help="CLS over 3 scales, of --data")
     parser.add_argument("--no-boxes", action="store_true", help="whole queries, as the original")
@@ -168,10 +170,11 @@ def _run(options: argparse.Namespace) -> None:
 def _run_landmarks(options: argparse.Namespace, own: Session) -> None:
     architecture, device = own.artifact.architecture, own.here.device
     smallest = architecture.smallest_side * (2 if options.multiscale else 1)
-    if options.image_size < smallest:
-        raise ConfigError(f"--image-size {options.image_size}: the model needs {smallest} pixels")
+    long_side = options.image_size or IMAGE_SIZE
+    if long_side < smallest:
+        raise ConfigError(f"--image-size {long_side}: the model needs {smallest} pixels")
     found = open_landmarks(options.data, options.dataset)
-    view = long_side_view(own.artifact, long_side=options.image_size, smallest=smallest)
+    view = long_side_view(own.artifact, long_side=long_side, smallest=smallest)
     make = multiscale_embedder if options.multiscale else embedder
     embed = make(own.artifact, device, precision=own.precision)
     boxes = not options.no_boxes
@@ -194,7 +197,7 @@ def _run_landmarks(options: argparse.Namespace, own: Session) -> None:
         name="retrieval",
         figures={"retrieval": {name: _in_percent(each) for name, each in results.items()}},
         protocol={
-            "image_size": options.image_size,
+            "image_size": long_side,
             "multiscale": options.multiscale,
             "boxes": boxes,
             "descriptor": "cls",
@@ -212,8 +215,10 @@ def _run_landmarks(options: argparse.Namespace, own: Session) -> None:
 
 
 def _run_labels(options: argparse.Namespace, own: Session) -> None:
-    if options.dataset or options.multiscale or options.no_boxes:
-        raise ConfigError("--dataset, --multiscale and --no-boxes belong to --data, not --labels")
+    if options.dataset or options.image_size or options.multiscale or options.no_boxes:
+        raise ConfigError(
+            "--dataset, --image-size, --multiscale and --no-boxes belong to --data, not --labels"
+        )
     pictures, labels = _open_labels(options.labels)
     features = partial(extract, here=own.here, batch_size=own.batch_size, workers=own.workers)
     embed = embedder(own.artifact, own.here.device, precision=own.precision)

@@ -64,18 +64,17 @@ def draw_roles(names: Sequence[str], *, seed: int, count: int | None = None) -> 
 
 
 class SyntheticCopies:
-    """One transformation of several pictures.
+    """One transformation of the originals, and then of the strangers.
 
     A copy depends on the seed, the picture's name, the transformation, and what it may borrow:
     not on other copies, their order, or the process that makes it.
     """
 
-    def __init__(
-        self, originals: Pictures, strangers: Pictures, transformation: str, *, seed: int
-    ) -> None:
-        self._originals, self._strangers = originals, strangers
+    def __init__(self, pictures: Pictures, roles: Roles, transformation: str, *, seed: int) -> None:
+        self._copied = SomePictures(pictures, roles.originals + roles.strangers)
+        self._originals = len(roles.originals)
         self._transformation, self._seed = transformation, seed
-        self.names: Sequence[str] = [f"{transformation}/{name}" for name in originals.names]
+        self.names: Sequence[str] = [f"{transformation}/{name}" for name in self._copied.names]
 
     def read(self, i: int) -> bytes:
         """The copy of picture `i`, without further loss."""
@@ -89,12 +88,12 @@ class SyntheticCopies:
         Raises:
             DataError: a picture that cannot be read.
         """
-        name = self._originals.names[i]
+        name = self._copied.names[i]
         rng = random.Random(f"{self._seed}/{self._transformation}/{name}")
-        lenders = [j for j, other in enumerate(self._strangers.names) if other != name]
+        lenders = [j for j in range(self._originals, len(self._copied.names)) if j != i]
         lent = iter(rng.sample(lenders, LEAST - 1))
         return TRANSFORMATIONS[self._transformation](
-            _read(self._originals, i), rng, lambda: _read(self._strangers, next(lent))
+            _read(self._copied, i), rng, lambda: _read(self._copied, next(lent))
         )
 
 
@@ -115,13 +114,12 @@ def synthetic_benchmark(
         DataError: too few pictures.
     """
     roles = draw_roles(pictures.names, seed=seed, count=count)
-    copied = SomePictures(pictures, roles.originals + roles.strangers)
-    strangers = SomePictures(pictures, roles.strangers)
-    half, whole = len(roles.originals), len(copied.names)
+    half = len(roles.originals)
+    whole = half + len(roles.strangers)
     groups = [*range(half), *[STRANGER] * half]
     return CopyBenchmark(
         queries=JoinedPictures(
-            [SyntheticCopies(copied, strangers, name, seed=seed) for name in transformations]
+            [SyntheticCopies(pictures, roles, name, seed=seed) for name in transformations]
         ),
         query_groups=torch.tensor(groups * len(transformations)),
         blocks={name: range(i * whole, (i + 1) * whole) for i, name in enumerate(transformations)},
@@ -137,14 +135,11 @@ def contact_sheet(pictures: Pictures, *, seed: int, count: int | None = None) ->
         DataError: too few pictures, or one that cannot be read.
     """
     roles = draw_roles(pictures.names, seed=seed, count=count)
-    originals, strangers = (
-        SomePictures(pictures, places) for places in (roles.originals, roles.strangers)
-    )
     copies = (
-        (name, SyntheticCopies(originals, strangers, name, seed=seed).picture(0))
+        (name, SyntheticCopies(pictures, roles, name, seed=seed).picture(0))
         for name in TRANSFORMATIONS
     )
-    tiles = list(chain([("original", _read(originals, 0))], copies))
+    tiles = list(chain([("original", _read(pictures, roles.originals[0]))], copies))
     rows = -(-len(tiles) // _COLUMNS)
     sheet = Image.new("RGB", (_COLUMNS * _TILE, rows * (_TILE + _LINE)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from training.config import ConfigError
 from training.decoding import decode
+from training.evaluation.outputs import check_file, check_folder
 from training.picture_files import is_picture
 from training.sources import DataError
 
@@ -76,7 +77,7 @@ def frame_writer(out: Path, rate: Fraction) -> Iterator[WriteFrame]:
 
     Raises:
         ConfigError: another kind of video, a folder that holds pictures already, a file where PyAV
-            is not installed or cannot encode H.264.
+            is not installed or cannot encode H.264, or what cannot be written.
     """
     if out.suffix.lower() in _OTHER_VIDEOS:
         raise ConfigError(f"--out {out}: videos are written as {MP4}, or give a folder for frames")
@@ -88,7 +89,7 @@ def frame_writer(out: Path, rate: Fraction) -> Iterator[WriteFrame]:
         raise ConfigError(f"--out {out} is a file; expected NAME{MP4}, or a folder for frames")
     if out.is_dir() and any(is_picture(path.name) for path in out.iterdir()):
         raise ConfigError(f"--out {out} holds pictures already; frames must not mix with them")
-    out.mkdir(parents=True, exist_ok=True)
+    check_folder("--out", out)
     yield _write_in_turn(out)
 
 
@@ -147,7 +148,7 @@ def _video_writer(out: Path, rate: Fraction) -> Iterator[WriteFrame]:
     av = _av(f"--out {out} is a video file")
     if "libx264" not in av.codecs_available:
         raise ConfigError(f"--out {out}: this PyAV cannot encode H.264; give a folder for frames")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    check_file("--out", out)
     partial = out.with_name(f"{out.name}.partial")
     try:
         with av.open(str(partial), mode="w", format="mp4") as container:

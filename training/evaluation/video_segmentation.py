@@ -33,6 +33,7 @@ from training.evaluation.davis import (
 )
 from training.evaluation.features import share
 from training.evaluation.label_propagation import Propagation, to_labels, to_mask, track
+from training.evaluation.outputs import check_folder
 from training.evaluation.segmentation_measures import (
     Statistics,
     boundary_f,
@@ -66,8 +67,8 @@ def view_size(width: int, height: int, *, short_side: int, patch_size: int) -> t
     short = short_side // patch_size * patch_size
     if short == 0:
         raise ConfigError(f"--size {short_side} holds no patch of {patch_size} pixels")
-    proportion = max(width, height) / min(width, height)
-    long = int(short_side * proportion) // _MULTIPLE * _MULTIPLE // patch_size * patch_size
+    long = int(short_side * max(width, height) / min(width, height))
+    long = long // _MULTIPLE * _MULTIPLE // patch_size * patch_size
     long = long or short
     return (short, long) if height > width else (long, short)
 
@@ -249,6 +250,7 @@ def _run(options: argparse.Namespace) -> None:
         folder = options.only_measure
         if folder is None:
             folder = options.out
+            check_folder("--out", folder)
             segment(sequences, folder, own, settings, short_side=options.size)
         else:
             protocol = {"masks": str(folder)}

@@ -321,6 +321,9 @@ def test_voc_layout(voc: Path, model: Path, capsys: pytest.CaptureFixture[str]) 
     (voc / "ImageSets" / "Segmentation" / "val.txt").write_text("\n")
     assert main(common) == 2
     assert "val.txt' is empty" in capsys.readouterr().err
+    (voc / "ImageSets" / "Segmentation" / "val.txt").write_bytes(b"2007_2\xff\n")
+    assert main(common) == 2
+    assert "val.txt' is not text in UTF-8" in capsys.readouterr().err
 
 
 def test_void_counts_for_neither_side() -> None:

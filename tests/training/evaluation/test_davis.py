@@ -151,3 +151,10 @@ def test_a_first_mask_without_objects(root: Path) -> None:
     write_mask(root / "Annotations/480p/bear/00000.png", np.full(SIZE[::-1], 255, np.uint8))
     with pytest.raises(DataError, match=r"bear/00000\.png' marks no object"):
         count_objects(open_davis(root)[0])
+
+
+def test_hidden_files_are_no_frames(tmp_path: Path) -> None:
+    root = write_davis(tmp_path, "square")
+    (root / "JPEGImages/480p/square/._00000.jpg").touch()
+    (root / "Annotations/480p/square/._00000.png").touch()
+    assert len(open_davis(root)[0].frames) == 6

@@ -195,7 +195,7 @@ def test_a_result_that_cannot_be_saved_is_refused_before_the_work(
     bad = ["--val", str(folder / "nothing")]  # would be refused next
     said = refused(folder, capsys, *bad, "--save", str(folder / "taken" / "found.json"))
     assert said.startswith(f"error: --save: '{folder}/taken/found.json' cannot be written: ")
-    assert "is a folder" in refused(folder, capsys, *bad, "--save", str(folder))
+    assert "it is a folder" in refused(folder, capsys, *bad, "--save", str(folder))
     found = figures(folder, capsys, "--save", str(folder / "new" / "found.json"))
     assert json.loads((folder / "new" / "found.json").read_text()) == found
 

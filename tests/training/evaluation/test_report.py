@@ -188,6 +188,7 @@ def test_a_folder_with_masks_in_it_shows_its_pictures_alone(folder: Path, tmp_pa
             "attention_jaccard: needs --images and --masks, or --voc",
         ),
         (["--voc", "x", "--options", "nonsense=1"], "--options 'nonsense=1': must be NAME="),
+        (["--voc", "x", "--options", "knn='"], "No closing quotation"),
         (["--voc", "x", "--model", "nothing"], "'nothing' is neither a file nor one of"),
     ],
 )

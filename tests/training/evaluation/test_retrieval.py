@@ -146,6 +146,7 @@ def test_what_is_refused(model: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     told = error(capsys, *labels)
     assert "class 'one' in --labels has 1 picture ('one/000.png'); each class needs at" in told
     assert "belong to --data" in error(capsys, *labels, "--multiscale")
+    assert "belong to --data" in error(capsys, *labels, "--image-size", "224")
     landmarks = ["--model", model, "--data", str(tmp_path)]
     assert "expected the published layout" in error(capsys, *landmarks)
     assert "needs 16 pixels" in error(capsys, *landmarks, "--image-size", "8", "--multiscale")

@@ -16,13 +16,14 @@ from training.decoding import decode
 from training.evaluation.copy_search import STRANGER, Settings, copy_figures, search
 from training.evaluation.features import embedder
 from training.evaluation.synthetic_copies import (
+    Roles,
     SyntheticCopies,
     contact_sheet,
     draw_roles,
     synthetic_benchmark,
 )
 from training.evaluation.transformations import TRANSFORMATIONS
-from training.sources import DataError, FolderPictures, SomePictures
+from training.sources import DataError, FolderPictures, JoinedPictures, SomePictures
 
 PHOTOS = ROOT.parent / "shared" / "data" / "photos"
 SIZE = (120, 90)
@@ -87,16 +88,24 @@ def test_flips_and_grey() -> None:
 def test_a_copy_depends_on_seed_name_and_transformation_alone(tmp_path: Path) -> None:
     write_pictures(tmp_path, 12)
     pictures = FolderPictures(tmp_path)
-    strangers = SomePictures(pictures, range(6, 12))
-    whole = SyntheticCopies(pictures, strangers, "collage", seed=0)
-    some = SyntheticCopies(SomePictures(pictures, [7, 3]), strangers, "collage", seed=0)
-    assert some.names == ["collage/007.png", "collage/003.png"]
-    assert (some.read(0), some.read(1)) == (whole.read(7), whole.read(3))
+    strangers = list(range(6, 12))
+    whole = SyntheticCopies(pictures, Roles(list(range(6)), strangers, []), "collage", seed=0)
+    some = SyntheticCopies(pictures, Roles([3], strangers, []), "collage", seed=0)
+    assert some.names == ["collage/003.png", *whole.names[6:]]
+    assert (some.read(2), some.read(0)) == (whole.read(7), whole.read(3))
     assert whole.read(3) == whole.read(3)
-    other = SyntheticCopies(pictures, strangers, "collage", seed=1)
+    other = SyntheticCopies(pictures, Roles(list(range(6)), strangers, []), "collage", seed=1)
     assert other.read(3) != whole.read(3)
     # What is written reads back without loss.
     assert decode(some.read(1), "x").tobytes() == some.picture(1).tobytes()
+
+
+def test_pictures_of_one_name_from_two_folders_lend_to_each_other(tmp_path: Path) -> None:
+    write_pictures(tmp_path, 2)
+    pictures = JoinedPictures([FolderPictures(tmp_path)] * 4)
+    benchmark = synthetic_benchmark(pictures, seed=0, transformations=["collage"])
+    for row in range(len(benchmark.queries.names)):
+        assert benchmark.queries.read(row)
 
 
 def test_roles_do_not_depend_on_the_order_of_names() -> None:

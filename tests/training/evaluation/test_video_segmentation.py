@@ -201,6 +201,7 @@ def test_sizes_at_which_frames_are_seen() -> None:
     assert view_size(480, 480, short_side=480, patch_size=16) == (448, 480)
     assert view_size(910, 480, short_side=480, patch_size=8) == (896, 480)
     assert view_size(128, 96, short_side=32, patch_size=8) == (32, 32)
+    assert view_size(1640, 100, short_side=480, patch_size=8) == (7872, 480)
     assert view_size(854, 480, short_side=480, patch_size=7) == (826, 476)
     with pytest.raises(ConfigError, match="--size 7 holds no patch of 8"):
         view_size(854, 480, short_side=7, patch_size=8)
