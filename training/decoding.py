@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from backbone.pictures import FORMATS, to_rgb

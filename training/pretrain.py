@@ -41,6 +41,7 @@ from training.sources import DataError
 from training.state import Training, make_training, restore, state_of
 from training.wandb_run import start_wandb
 from training.watch import Watch
+from training.workers import ending_workers
 
 CPU = torch.device("cpu")
 
@@ -74,11 +75,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             processes=where.size,
             say=partial(print, file=sys.stderr) if where.rank == 0 else None,
         )
-        with world(recipe.device) as here:
+        with world(recipe.device) as here, ending_workers():
             if options.dry_run:
                 dry_run(recipe, here)
                 return 0
-            return pretrain(recipe, here)
+            status = pretrain(recipe, here)
+            if here.is_main and status == 0:
+                export = f"python -m training.export {recipe.run_dir} MODEL.safetensors"
+                print(f"done: {recipe.run_dir}; next: {export}", file=sys.stderr)
+            return status
     except (ConfigError, DataError, snapshot.SnapshotError, TrainingDiverged) as error:
         print(f"error: {data.one_line(error)}", file=sys.stderr)
         return 2

@@ -128,7 +128,8 @@ def attention_frames(
         )
     if isinstance(drawing.head, int) and drawing.head >= network.num_heads:
         raise ConfigError(
-            f"--head {drawing.head}: model {own.model.name!r} has the heads 0 to {network.num_heads - 1}"
+            f"--head {drawing.head}: model {own.model.name!r} has the heads 0 to "
+            f"{network.num_heads - 1}"
         )
     dtype = autocast_dtype(own.precision, own.here.device)
     preprocess = own.artifact.preprocess

@@ -161,8 +161,8 @@ def read_mask(path: Path) -> ObjectMask:
     brightest = int(values.max())
     if 1 < brightest <= 127:
         raise DataError(
-            f"mask {str(path)!r}: its largest value is {brightest}; expected 0 and 255, 0 and 1, or "
-            "a palette; save the object as 255"
+            f"mask {str(path)!r}: its largest value is {brightest}; expected 0 and 255, 0 and 1, "
+            "or a palette; save the object as 255"
         )
     inside = values > (127 if brightest > 1 else 0)
     return ObjectMask(inside, np.ones_like(inside))

@@ -18,6 +18,7 @@ from tests.training.conftest import ROOT, picture
 from training.evaluation.__main__ import main
 from training.evaluation.jaccard import _alike, _Sample, cells, jaccard, score, summarise
 from training.evaluation.masks import ObjectMask, open_pairs, read_mask, read_voc
+from training.sources import DataError
 
 ECSSD = ROOT.parent / "shared" / "data" / "ecssd"
 SIZES = [(40, 30), (40, 30), (30, 40), (31, 31), (40, 30)]
@@ -265,6 +266,22 @@ def test_forms_of_masks(tmp_path: Path) -> None:
         form.save(path)
         assert np.array_equal(read_mask(path).inside, expected), form.mode
         assert read_mask(path).counted.all()
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "said"),
+    [
+        ("RGBA", (255, 255, 255, 0), "has transparency; expected grey of 0 and 255"),
+        ("LA", (255, 0), "has transparency"),
+        ("RGB", (255, 0, 0), "has colours; expected grey of 0 and 255"),
+        ("L", 76, "its largest value is 76; expected 0 and 255, 0 and 1, or a palette"),
+    ],
+)
+def test_masks_that_would_be_misread(tmp_path: Path, mode: str, colour: Any, said: str) -> None:
+    path = tmp_path / "mask.png"
+    Image.new(mode, (8, 6), colour).save(path)
+    with pytest.raises(DataError, match=said):
+        read_mask(path)
 
 
 def test_nested_folders_and_masks_that_are_not_asked_for(data: Path) -> None:
