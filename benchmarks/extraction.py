@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--patch", type=int, default=16)
     parser.add_argument("--size", type=int, default=224, help="of the centre crop, in pixels")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--pictures", type=int, default=32, help="in a round")
+    parser.add_argument("--pictures", type=int, default=64, help="in a round")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--workers", type=int, help="where left out, what the device suggests")
     parser.add_argument("--data", type=Path, help="a folder of JPEG files; made where left out")

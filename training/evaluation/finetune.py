@@ -102,7 +102,12 @@ def _run(options: argparse.Namespace) -> None:
             described = _describe(own, protocol, preprocess, train, figures)
             try:
                 figures["fingerprint_finetuned"] = publish(
-                    classifier, described, train.classes, options.out
+                    classifier,
+                    described,
+                    train.classes,
+                    options.out,
+                    base_lr=protocol.init_lr * 256 / LR_BATCH,
+                    top1=float(figures["finetune"]["last"]["top1"]),
                 )
             except OSError as error:
                 raise ConfigError(

@@ -1,15 +1,14 @@
 """A backbone with a linear classifier: how it is made, how fast each layer learns, its files."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from backbone import classifier as linear
 from backbone.architectures import Backbone
 from backbone.artifact import Artifact, write_artifact
 from backbone.vit import VisionTransformer
@@ -17,7 +16,7 @@ from training.distributed import World
 from training.evaluation.finetune_data import from_timm
 from training.tables import ConfigError
 
-BACKBONE, HEAD = "backbone.safetensors", "head.safetensors"
+BACKBONE, HEAD = "backbone.safetensors", "classifier.safetensors"
 
 
 class Classifier(nn.Module):
@@ -106,15 +105,21 @@ def layer_groups(
     return groups
 
 
-def publish(classifier: Classifier, described: Artifact, classes: Sequence[str], out: Path) -> str:
-    """Writes the backbone as an artifact and the head beside it; returns the fingerprint.
-
-    `head.safetensors` holds `weight` [classes, D] and `bias` [classes]; its header names the
-    `classes` (JSON, in order), the `feature` that they are applied to, the fingerprint of the
-    `backbone` that this feature is of.
+def publish(
+    classifier: Classifier,
+    described: Artifact,
+    classes: Sequence[str],
+    out: Path,
+    *,
+    base_lr: float,
+    top1: float,
+) -> str:
+    """Writes the backbone as an artifact and its head beside it; returns the fingerprint.
 
     Args:
         described: what the artifact says beside its weights.
+        base_lr: the highest learning rate, for 256 pictures a step.
+        top1: in percent, on the validation pictures.
 
     Raises:
         ArtifactError: weights that are not finite.
@@ -122,10 +127,15 @@ def publish(classifier: Classifier, described: Artifact, classes: Sequence[str],
     """
     artifact = replace(described, weights=classifier.backbone.state_dict())
     fingerprint = write_artifact(artifact, out / BACKBONE)
-    head = {k: v.detach().cpu().contiguous() for k, v in classifier.head.state_dict().items()}
-    header = {"classes": json.dumps(list(classes)), "feature": "cls", "backbone": fingerprint}
-    temporary = out / f"{HEAD}.partial"
-    save_file(head, temporary, metadata=header)
-    temporary.chmod(0o644)
-    temporary.replace(out / HEAD)
+    head = linear.Classifier(
+        weight=classifier.head.weight.detach(),
+        bias=classifier.head.bias.detach(),
+        classes=tuple(classes),
+        descriptor="cls",
+        fingerprint=fingerprint,
+        preprocess=described.preprocess,
+        base_lr=base_lr,
+        top1=top1,
+    )
+    linear.write_classifier(head, out / HEAD)
     return fingerprint

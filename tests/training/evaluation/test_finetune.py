@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from safetensors import safe_open
 from torch import Tensor
 
 from backbone.architectures import Architecture
 from backbone.artifact import Artifact, read_artifact, write_artifact
+from backbone.classifier import read_classifier
 from backbone.preprocess import Preprocess
 from tests.training.conftest import CPU, ROOT, command, finish, start
 from training.evaluation import finetune_loop
@@ -116,17 +116,15 @@ def test_it_learns_what_the_shapes_are_and_publishes_what_it_has_learned(
     assert artifact.provenance["licence"] == "CC0-1.0"
     assert artifact.quality == {"finetune": last}
 
-    with safe_open(tmp_path / "head.safetensors", framework="pt") as head:
-        classes = json.loads(head.metadata()["classes"])
-        assert head.metadata()["backbone"] == artifact.fingerprint
-        weight, bias = head.get_tensor("weight"), head.get_tensor("bias")
-    assert classes == sorted(CLASSES)
+    head = read_classifier(tmp_path / "classifier.safetensors", artifact)
+    assert list(head.classes) == sorted(CLASSES)
+    assert head.top1 == last["top1"]
     network, right = artifact.network(), 0
-    for i, name in enumerate(classes):
+    for i, name in enumerate(head.classes):
         for path in sorted((data / "val" / name).iterdir()):
             with Image.open(path) as picture:
                 cls = network(artifact.preprocess.centre_crop(picture)[None]).cls
-            right += int((cls @ weight.T + bias).argmax() == i)
+            right += int(head(cls).argmax() == i)
     assert 100 * right / 20 == pytest.approx(last["top1"])
 
 
