@@ -152,23 +152,36 @@ def read_artifact(path: Path) -> Artifact:
     )
 
 
-def _header(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
-    if _ENTRY not in metadata:
-        raise ArtifactError(
-            f"{path} has no {_ENTRY!r} entry in its header: it is no model that "
-            "`python -m training.export` wrote"
-        )
+def read_header(
+    metadata: Mapping[str, str], path: Path, *, entry: str, version: int, wanted: str
+) -> dict[str, Any]:
+    """The JSON object in a safetensors file's header, of a format version that is known.
+
+    Args:
+        metadata: of the file at `path`.
+        entry: the name that the object stands under.
+        wanted: what the file should be, for people.
+
+    Raises:
+        ArtifactError: no such entry, no JSON object, or another version.
+    """
+    if entry not in metadata:
+        raise ArtifactError(f"{path} has no {entry!r} entry in its header: it is no {wanted}")
     try:
-        header = json.loads(metadata[_ENTRY])
+        header = json.loads(metadata[entry])
     except json.JSONDecodeError as error:
         raise ArtifactError(f"the header of {path} is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise ArtifactError(f"the header of {path} is not a JSON object")
-    version = header.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ArtifactError(
-            f"{path} has format version {version!r}; this program reads {FORMAT_VERSION}"
-        )
+    found = header.get("format_version")
+    if found != version:
+        raise ArtifactError(f"{path} has format version {found!r}; this program reads {version}")
+    return header
+
+
+def _header(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+    wanted = "model that `python -m training.export` wrote"
+    header = read_header(metadata, path, entry=_ENTRY, version=FORMAT_VERSION, wanted=wanted)
     for name in ("architecture", "preprocessing", "provenance", "quality"):
         if not isinstance(header.get(name), dict):
             raise ArtifactError(f"the header of {path} has no object {name!r}")

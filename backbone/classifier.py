@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from backbone.architectures import Architecture
-from backbone.artifact import Artifact, ArtifactError
+from backbone.artifact import Artifact, ArtifactError, read_header
 from backbone.descriptors import check_descriptors
 from backbone.preprocess import Preprocess
 
@@ -151,22 +151,9 @@ def read_classifier(path: Path, artifact: Artifact) -> Classifier:
 
 def _header(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     """The header with every field of its kind."""
-    if _ENTRY not in metadata:
-        raise ArtifactError(
-            f"{path} has no {_ENTRY!r} entry in its header: it was not written by "
-            "`python -m training.evaluation linear`"
-        )
-    try:
-        header = json.loads(metadata[_ENTRY])
-    except json.JSONDecodeError as error:
-        raise ArtifactError(f"the header of {path} is not JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise ArtifactError(f"the header of {path} is not a JSON object")
-    version = header.pop("format_version", None)
-    if version != FORMAT_VERSION:
-        raise ArtifactError(
-            f"{path} has format version {version!r}; this program reads {FORMAT_VERSION}"
-        )
+    wanted = "classifier that `python -m training.evaluation linear` or `finetune` wrote"
+    header = read_header(metadata, path, entry=_ENTRY, version=FORMAT_VERSION, wanted=wanted)
+    del header["format_version"]
     if set(header) != set(_FIELDS):
         raise ArtifactError(f"the header of {path} has {sorted(header)}, not {sorted(_FIELDS)}")
     classes = header["classes"]

@@ -58,7 +58,8 @@ class PlainArray:
             content = content.encode("latin1")
         if order not in ("C", "F"):
             raise ValueError(f"an array in order {order!r}")
-        self.values = np.frombuffer(content, dtype.dtype).reshape(shape, order=order)  # type: ignore[call-overload]
+        flat = np.frombuffer(content, dtype.dtype)
+        self.values = flat.reshape(shape, order="F" if order == "F" else "C")
 
 
 class _ForbiddenError(pickle.UnpicklingError):
