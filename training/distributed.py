@@ -1,6 +1,7 @@
 """Processes and their collectives; on one process each of them is the identity."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from training.slurm import slurm_task
 from training.tables import ConfigError
+
+_GLOO_PAUSE_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,11 @@ def world(device: str) -> Iterator[World]:
     try:
         yield World(dist.get_rank(), dist.get_world_size(), chosen)
     finally:
+        # gloo's threads let go of the last collectives' tensors a moment after these have returned,
+        # and need the interpreter for it: one that comes too late aborts the process (PyTorch issue
+        # 190489). `destroy_process_group` does not wait for them where anything, such as DTensor's
+        # caches, still knows the group.
+        time.sleep(_GLOO_PAUSE_S)
         dist.destroy_process_group()
 
 

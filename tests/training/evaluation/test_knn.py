@@ -1,4 +1,6 @@
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -202,7 +204,7 @@ def test_a_result_that_cannot_be_saved_is_refused_before_the_work(
 
 def test_ctrl_c_does_not_wait_for_workers(folder: Path) -> None:
     """They are shielded from signals for a minute."""
-    for i in range(400):
+    for i in range(2000):
         (folder / "val" / "class0" / f"more{i}.png").symlink_to(folder / "val/class0/10.png")
     pictures = arguments(folder, "--workers", "1", "--batch-size", "1")
     process = subprocess.Popen(
@@ -211,8 +213,12 @@ def test_ctrl_c_does_not_wait_for_workers(folder: Path) -> None:
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
     )
     assert process.stderr is not None
-    while b"1/" not in process.stderr.read1():  # type: ignore[attr-defined]
-        pass
+    seen = b""
+    # A later count than the first: a worker that is still starting has no shield to be ended from.
+    while re.search(rb" [1-9]\d+/2", seen) is None:
+        more = os.read(process.stderr.fileno(), 4096)
+        assert more, seen.decode()
+        seen += more
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=20)
     assert said.endswith(b"KeyboardInterrupt\n")
