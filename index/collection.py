@@ -1,53 +1,48 @@
-"""Collections of vectors: durable, searchable, safe to use from many threads.
+"""A collection of vectors: durable, searchable, safe to use from many threads.
 
 with CollectionSet(Path("collections")) as collections:
     pictures = collections.get_or_create("pictures", spaces={"cls": 384}, model="sha256:...")
     pictures.upsert([NewRecord("a.jpg", {"cls": vector}, {"label": "cat"})])
-    pictures.search(vector, k=10)
+    pictures.search(vector, k=10, filter={"must": {"key": "label", "match": {"value": "cat"}}})
 """
 
-import logging
+import json
 import re
-import threading
 from collections import abc
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from index.errors import (
-    CollectionExists,
-    CollectionNotFound,
-    InvalidCursor,
-    InvalidVector,
-    ModelMismatch,
-    RecordNotFound,
-    StoreDamaged,
-    StoreFailed,
-)
-from index.folder import OwnedFolder
+from index import writes
+from index.builder import Builder
+from index.errors import InvalidCursor, InvalidVector, ModelMismatch, RecordNotFound
+from index.filters import parse_filter
+from index.kinds import IndexSettings
+from index.maintenance import BuildPolicy, Maintenance
 from index.mirror import Mirror
 from index.records import (
     Match,
     NewRecord,
+    OnDuplicate,
     Page,
     Record,
     UpsertOutcome,
     check_ids,
-    check_name,
     check_positive,
     check_queries,
     check_record,
     check_vector,
-    is_name,
 )
+from index.statistics import Stats, gather_stats
 from index.store import Store
+from index.writes import NOTHING
 
-__all__ = ["Collection", "CollectionSet", "Match", "NewRecord", "Page", "Record", "UpsertOutcome"]
+__all__ = ["Collection", "Match", "NewRecord", "Page", "Record", "UpsertOutcome"]
 
-_logger = logging.getLogger(__name__)
+Filter = Mapping[str, Any]
 
 
 class Collection:
@@ -56,52 +51,96 @@ class Collection:
     A write is on disk and searchable when its method returns. Any method may raise `StoreDamaged`
     or `StoreFailed`, and `CollectionNotFound` once the collection was closed or deleted.
 
+    Filters are as `index.filters` reads them; what is wrong with one raises `InvalidFilter`.
+
     Attributes:
         name: the collection's name.
         model: the fingerprint of the model that made the vectors.
         spaces: space -> dimension; every record has one vector in each.
+        metric: "cosine", "ip" (inner product) or "l2" (Euclidean distance).
         created_at: Unix seconds.
     """
 
-    def __init__(self, folder: Path, *, name: str) -> None:
+    def __init__(self, folder: Path, *, name: str, builder: Builder, policy: BuildPolicy) -> None:
         self.name = name
         self._store = Store(folder, name=name)
         self.model = self._store.model
         self.spaces = dict(self._store.spaces)
+        self.metric = self._store.metric
         self.created_at = self._store.created_at
         try:
             self._mirror = Mirror(self._store, name=name)
         except BaseException:
             self._store.close()
             raise
+        self._builder = builder
+        self._maintenance = Maintenance(self._mirror, policy)
+        builder.wake(self._maintenance)
 
-    def upsert(self, records: Sequence[NewRecord]) -> list[UpsertOutcome]:
+    @property
+    def settings(self) -> IndexSettings:
+        """The kind of index that is asked for; `stats` tells what there is."""
+        return self._mirror.settings
+
+    def upsert(
+        self,
+        records: Sequence[NewRecord],
+        *,
+        on_duplicate: OnDuplicate = "add",
+        model: str | None = None,
+    ) -> list[UpsertOutcome]:
         """Write records, all or none; one outcome for each, in order.
 
         An id that occurs twice is written twice, so the last one stays. A record that is there
         already with the same content hash, metadata and vectors is not rewritten.
 
+        Args:
+            on_duplicate: what becomes of a new id whose content hash another record has: "add" it
+                all the same, "skip" it, or "update" the other record (the oldest such) with what is
+                given, under the id that it has.
+            model: the fingerprint of the model that made the vectors, to be checked.
+
         Raises:
             InvalidRecord, InvalidVector: naming the record; nothing was written.
+            ModelMismatch: `model` is not the collection's.
         """
-        checked = [check_record(record, self.spaces) for record in records]
-        if not checked:
-            return []
-        with self._mirror.lock:
-            written = self._store.upsert(checked)
-            self._mirror.upserted(checked, written)
-        return [
-            UpsertOutcome(record.id, each.outcome)
-            for record, each in zip(checked, written, strict=True)
-        ]
+        return self._write(records, replace=True, on_duplicate=on_duplicate, model=model)
+
+    def insert(
+        self,
+        records: Sequence[NewRecord],
+        *,
+        on_duplicate: OnDuplicate = "add",
+        model: str | None = None,
+    ) -> list[UpsertOutcome]:
+        """`upsert` that leaves a record whose id is taken as it is: its outcome is "exists"."""
+        return self._write(records, replace=False, on_duplicate=on_duplicate, model=model)
 
     def delete(self, ids: Iterable[str]) -> int:
         """Delete records, all or none; how many existed."""
         ids = check_ids(ids)
-        with self._mirror.lock:
-            keys = self._store.delete(ids)
-            self._mirror.deleted(keys)
-        return len(keys)
+        deleted = self._mirror.commits.run(
+            lambda connection: writes.delete_ids(self._store, connection, ids)
+        )
+        self._builder.wake(self._maintenance)
+        return deleted
+
+    def delete_where(self, filter: Filter) -> int:  # noqa: A002
+        """Delete the records that pass a filter, all or none; how many there were.
+
+        A filter without conditions deletes everything.
+        """
+        chosen = parse_filter(filter)
+        if chosen is not None:
+            self._mirror.select(chosen)  # reads metadata now, before others have to wait for it
+        deleted = self._mirror.commits.run(
+            lambda connection: writes.delete_rows(
+                self._store, connection, self._mirror.matching_rows(chosen).tolist()
+            ),
+            alone=True,  # so that the rows in memory are those of the store
+        )
+        self._builder.wake(self._maintenance)
+        return deleted
 
     def get(self, id: str, *, with_vectors: bool = False) -> Record:  # noqa: A002
         """One record; raises `RecordNotFound`."""
@@ -117,12 +156,22 @@ class Collection:
             raise RecordNotFound(f"collection {self.name!r} has no thumbnail for {id!r}")
         return found
 
-    def count(self) -> int:
-        """How many records there are."""
-        return self._mirror.count()
+    def count(self, filter: Filter | None = None) -> int:  # noqa: A002
+        """How many records there are, or pass a filter."""
+        if filter is None:
+            view = self._mirror.current()
+            return view.count - view.dead
+        return len(self._mirror.matching_rows(parse_filter(filter)))
 
-    def scroll(self, *, cursor: str | None = None, limit: int) -> Page:
-        """A page of records in order of first insertion, without vectors.
+    def scroll(
+        self,
+        *,
+        limit: int,
+        cursor: str | None = None,
+        filter: Filter | None = None,  # noqa: A002
+        with_vectors: bool = False,
+    ) -> Page:
+        """A page of records in order of first insertion, without vectors unless asked for.
 
         `cursor` is None for the first page and the last page's `next_cursor` after that. What is
         added or deleted between two pages moves no other record from page to page.
@@ -132,7 +181,13 @@ class Collection:
         """
         check_positive(limit=limit)
         after = 0 if cursor is None else _key_from_cursor(cursor)
-        found = self._store.records_after(after, limit + 1)
+        chosen = None if filter is None else parse_filter(filter)
+        found = self._store.records_after(
+            after,
+            limit + 1,
+            with_vectors=with_vectors,
+            among=None if chosen is None else self._mirror.matching_rows(chosen),
+        )
         shown = found[:limit]
         is_last = len(found) == len(shown)
         return Page([record for _, record in shown], None if is_last else f"{shown[-1][0]:x}")
@@ -143,33 +198,127 @@ class Collection:
         *,
         k: int,
         space: str = "cls",
+        filter: Filter | None = None,  # noqa: A002
         min_score: float | None = None,
         exclude: abc.Collection[str] = (),
+        model: str | None = None,
     ) -> list[Match]:
-        """The k records nearest to `vector` [dimension] by cosine, best first, ties oldest first.
+        """The k records nearest to `vector` [dimension], best first.
 
-        Fewer than k only where there are no more. The ids in `exclude` are left out and do not
-        count; matches below `min_score` are cut off.
+        Fewer than k only where no more pass the filter and `exclude`; matches below `min_score` are
+        cut off after that. Scores are the cosine, the inner product or, of "l2", minus the
+        distance, so that the greater is always the nearer. Flat indexes are exact, and of equal
+        scores the vector that was written first comes first; other kinds find the part of the
+        neighbours that `settings.target_recall` asks for, where they can.
+
+        Args:
+            exclude: ids that are left out and do not count.
+            model: the fingerprint of the model that made the vector, to be checked.
 
         Raises:
             InvalidVector: the vector does not fit the space, or the space does not exist.
+            ModelMismatch: `model` is not the collection's.
         """
         check_positive(k=k)
-        query = check_vector(vector, self._dimension(space), described="the query")
-        (matches,) = self._mirror.search(space, query[np.newaxis], k, check_ids(exclude))
+        self._check_model(model)
+        query = check_vector(vector, self._dimension(space), self.metric, described="the query")
+        (matches,) = self._mirror.search(
+            space,
+            query[np.newaxis],
+            k,
+            chosen=None if filter is None else parse_filter(filter),
+            exclude=check_ids(exclude),
+        )
         return [match for match in matches if min_score is None or match.score >= min_score]
 
-    def search_batch(self, vectors: ArrayLike, k: int, space: str = "cls") -> list[list[Match]]:
+    def search_batch(
+        self,
+        vectors: ArrayLike,
+        k: int,
+        space: str = "cls",
+        *,
+        filter: Filter | None = None,  # noqa: A002
+    ) -> list[list[Match]]:
         """`search` for each row of `vectors` [n, dimension], together and so faster."""
         check_positive(k=k)
-        queries = check_queries(vectors, self._dimension(space), described="the queries")
-        return self._mirror.search(space, queries, k)
+        dimension = self._dimension(space)
+        queries = check_queries(vectors, dimension, self.metric, described="the queries")
+        chosen = None if filter is None else parse_filter(filter)
+        return self._mirror.search(space, queries, k, chosen=chosen)
+
+    def configure(self, settings: IndexSettings) -> None:
+        """Ask for another kind of index. It is built while the present one answers."""
+        before = self._mirror.settings
+
+        def write(connection: Any) -> tuple[None, writes.Changes]:
+            text = json.dumps(settings.to_dict())
+            connection.execute("UPDATE collection SET settings = ?", (text,))
+            return None, NOTHING
+
+        self._mirror.commits.run(write, alone=True)
+        self._mirror.settings = settings
+        if settings.structure() != before.structure():
+            self._maintenance.force_rebuild()
+        if settings.target_recall != before.target_recall:
+            self._maintenance.force_tuning()
+        self._builder.wake(self._maintenance)
+
+    def rebuild(self) -> None:
+        """Build the indexes anew from the records, while the present ones answer."""
+        self._maintenance.force_rebuild()
+        self._builder.wake(self._maintenance)
+
+    def wait_until_built(self, *, timeout_s: float | None = None) -> bool:
+        """Wait until the background has nothing left to do; False: it took longer."""
+        self._builder.wake(self._maintenance)
+        return self._builder.wait_until_idle(self._maintenance, timeout_s=timeout_s)
+
+    def stats(self) -> Stats:
+        """Counts, sizes, and what stands of the indexes."""
+        return gather_stats(
+            self._mirror,
+            self._maintenance.recall,
+            is_building=not self._builder.is_idle(self._maintenance),
+        )
+
+    def check(self) -> list[str]:
+        """What is wrong with the collection, in words: nothing, unless its files were damaged.
+
+        Reads everything; nothing can be written meanwhile.
+        """
+        return check(self._mirror)
+
+    def back_up(self, path: Path) -> None:
+        """Write a copy of the records as of now to a new file, while writes go on."""
+        self._store.database.backup(path)
 
     def close(self) -> None:
         """Wait for what is running, then close. Closing twice is allowed."""
-        with self._mirror.lock:
-            self._mirror.forget()
+        self._builder.forget(self._maintenance)
+        with self._mirror.commits.paused():
+            if not self._store.database.is_closed:
+                self._maintenance.save_unsaved()
             self._store.close()
+
+    def _write(
+        self,
+        records: Sequence[NewRecord],
+        *,
+        replace: bool,
+        on_duplicate: OnDuplicate,
+        model: str | None,
+    ) -> list[UpsertOutcome]:
+        self._check_model(model)
+        checked = [check_record(record, self.spaces, self.metric) for record in records]
+        if not checked:
+            return []
+        outcomes = self._mirror.commits.run(
+            lambda connection: writes.upsert(
+                self._store, connection, checked, replace=replace, on_duplicate=on_duplicate
+            )
+        )
+        self._builder.wake(self._maintenance)
+        return outcomes
 
     def _dimension(self, space: str) -> int:
         if space not in self.spaces:
@@ -178,121 +327,12 @@ class Collection:
             )
         return self.spaces[space]
 
-
-class CollectionSet:
-    """A folder of collections, owned by one process. A context manager.
-
-    Opening it opens every collection there and clears what an earlier crash left half done. A
-    damaged collection does not keep the others from opening: it is logged, stands in `damaged` and
-    among `names()`, and is reported by whoever asks for it; `delete` removes it.
-
-    Raises:
-        StoreInUse: another process, or another `CollectionSet`, has the folder.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.damaged: dict[str, StoreDamaged] = {}
-        self._open: dict[str, Collection] = {}
-        # For making, deleting and closing. Looking up is one read of a dictionary.
-        self._lock = threading.RLock()
-        self._folder = OwnedFolder(root)
-        try:
-            for name in self._folder.subfolders():
-                if is_name(name):
-                    self._open_one(name)
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self.close()
-
-    def names(self) -> list[str]:
-        """Every collection's name, sorted; damaged ones too."""
-        return sorted([*self._open, *self.damaged])
-
-    def get(self, name: str) -> Collection:
-        """An open collection; raises `CollectionNotFound`, or `StoreDamaged` where it is."""
-        collection = self._open.get(name)
-        if collection is not None:
-            return collection
-        if name in self.damaged:
-            raise StoreDamaged(*self.damaged[name].args) from self.damaged[name]
-        raise CollectionNotFound(f"there is no collection {name!r}; there are {self.names()}")
-
-    def create(self, name: str, *, spaces: Mapping[str, int], model: str) -> Collection:
-        """Make an empty collection; on disk when this returns.
-
-        Args:
-            name: 1 to 63 characters out of a-z, 0-9, '_' and '-', the first a letter or digit.
-            spaces: name -> dimension.
-            model: the fingerprint of the model that the vectors will come from.
-
-        Raises:
-            CollectionExists, StoreFailed.
-            InvalidName, InvalidVector: the name, or the spaces, cannot be.
-        """
-        check_name(name)
-        with self._lock:
-            if self._folder.has(name):
-                raise CollectionExists(f"there is a collection {name!r} already")
-            with self._folder.making(name) as folder:
-                Store.create(folder, spaces=spaces, model=model)
-            self._open_one(name)
-            return self.get(name)
-
-    def get_or_create(self, name: str, *, spaces: Mapping[str, int], model: str) -> Collection:
-        """`get`, or `create` where there is none.
-
-        Raises:
-            ModelMismatch, InvalidVector: it exists with another model, or with other spaces.
-        """
-        with self._lock:
-            if name not in self.names():
-                return self.create(name, spaces=spaces, model=model)
-            collection = self.get(name)
-        if collection.model != model:
+    def _check_model(self, model: str | None) -> None:
+        if model not in (None, self.model):
             raise ModelMismatch(
-                f"collection {name!r} holds vectors of model {collection.model!r}, which cannot be "
+                f"collection {self.name!r} holds vectors of model {self.model!r}, which cannot be "
                 f"compared with those of {model!r}"
             )
-        if collection.spaces != dict(spaces):
-            raise InvalidVector(
-                f"collection {name!r}: expected spaces {dict(spaces)}, it has {collection.spaces}"
-            )
-        return collection
-
-    def delete(self, name: str) -> None:
-        """Remove a collection with all in it; raises `CollectionNotFound`, `StoreFailed`."""
-        with self._lock:
-            if name not in self.damaged:
-                self.get(name).close()
-            try:
-                self._folder.remove(name)
-            except StoreFailed:
-                if name in self._open:
-                    self._open_one(name)  # it is still there, so it must not stay closed
-                raise
-            self._open.pop(name, None)
-            self.damaged.pop(name, None)
-
-    def close(self) -> None:
-        """Close every collection and let others have the folder. Closing twice is allowed."""
-        with self._lock:
-            while self._open:
-                self._open.popitem()[1].close()
-            self.damaged.clear()
-            self._folder.release()
-
-    def _open_one(self, name: str) -> None:
-        try:
-            self._open[name] = Collection(self._folder.root / name, name=name)
-        except StoreDamaged as error:
-            _logger.error("%s", error)
-            self.damaged[name] = error
 
 
 def _key_from_cursor(cursor: str) -> int:

@@ -29,12 +29,12 @@ class Database:
     a pool that grows to the number of threads that read at once: in WAL mode a reader sees the last
     commit and waits neither for the writer nor for its fsync.
 
-    `is_new` makes the file, which must not exist; without it, it must.
+    `page_bytes` makes the file, which must not exist; without it, it must.
 
     Raises (any method): `StoreDamaged`, `StoreFailed`; `CollectionNotFound` once closed.
     """
 
-    def __init__(self, path: Path, *, described: str, is_new: bool = False) -> None:
+    def __init__(self, path: Path, *, described: str, page_bytes: int | None = None) -> None:
         self._path = path
         self._described = described
         self._write_lock = threading.Lock()
@@ -42,13 +42,14 @@ class Database:
         self._idle: list[sqlite3.Connection] = []
         self._borrowed = 0
         self._closed = False
-        if is_new:
+        if page_bytes is not None:
             path.touch(exist_ok=False)
         elif not path.is_file():
             raise self.damage(f"{path.name} is missing")
         with self._translated():
             self._writer = _connect(path)
-            if is_new:
+            if page_bytes is not None:
+                self._writer.execute(f"PRAGMA page_size = {page_bytes:d}")
                 self._writer.execute("PRAGMA journal_mode = WAL")  # the file remembers it
 
     @contextmanager

@@ -1,130 +1,230 @@
-"""A store's vectors in memory: built from it, kept in step with each commit, and searched."""
+"""A store's rows in memory: kept in step with each commit, and searched."""
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from index.ann import FlatIndex
+from index import loading
+from index.columns import Column, sqlite_path
+from index.commits import GroupCommit
 from index.errors import StoreDamaged
-from index.records import CheckedRecord, Match
-from index.store import Store, Written
+from index.filters import Filter
+from index.records import Match
+from index.space import Found, Mask, Space
+from index.store import Store
+from index.view import Rows, View, prepared
+from index.writes import Changes
 
 _logger = logging.getLogger(__name__)
+_TRIES = 5
+_QUERIES_AT_ONCE = 256
+_TAKEN_AT_ONCE = 4096
 
 
 class Mirror:
-    """One index for each space of a store.
+    """What is searched of a store, and the way by which the store is written.
 
     Attributes:
-        lock: whoever writes holds it from before the commit until `upserted` or `deleted` returned,
-            so that under it store and mirror agree.
+        commits: whoever writes the store does it through this.
+        view: what the last commit left. Searches take it and need no lock.
+        saved: space -> what of its index is on disk.
+        settings: the kind of index that is asked for.
     """
 
     def __init__(self, store: Store, *, name: str) -> None:
-        self.lock = threading.RLock()
-        self._store = store
-        self._name = name
-        # None: memory may differ from the store and must be built anew.
-        self._indexes: dict[str, FlatIndex] | None = None
-        self.indexes()
+        self.store = store
+        self.name = name
+        self.commits = GroupCommit(store.database, self)
+        self.settings = store.settings
+        self._changing = threading.RLock()
+        self._is_lost = False
+        self.view, self.saved = loading.load(store, name=name)
 
-    def indexes(self) -> dict[str, FlatIndex]:
-        """space -> index; reads the whole store where that has not been done yet."""
-        indexes = self._indexes
-        if indexes is None:
-            with self.lock:
-                indexes = self._indexes = self._indexes or self._build()
-        return indexes
-
-    def count(self) -> int:
-        """How many records there are: each has a vector in every space, so any space tells."""
-        return len(next(iter(self.indexes().values())))
-
-    def search(
-        self, space: str, queries: NDArray[np.float32], k: int, exclude: Sequence[str] = ()
-    ) -> list[list[Match]]:
-        """The k nearest records to each query [n, dimension], without the ids in `exclude`."""
-        matches = self._try_search(space, queries, k, exclude)
-        if matches is None:
-            # Between a deletion's commit and `deleted`, the index holds what the store no longer
-            # has. Dropping it would give fewer than k, so wait for the writer and look again.
-            with self.lock:
-                matches = self._try_search(space, queries, k, exclude)
-        if matches is None:
-            raise StoreDamaged(f"collection {self._name!r}: records have gone from its file")
-        return matches
-
-    def upserted(self, records: Sequence[CheckedRecord], written: Sequence[Written]) -> None:
-        """Follow a commit of `records`; `written` says of each what it came to."""
-        # By key, so that of an id that came twice the last vectors stay.
-        changed = {
-            each.key: record.vectors
-            for record, each in zip(records, written, strict=True)
-            if each.vectors_changed
-        }
-        keys = np.array(list(changed), dtype=np.int64)
-
-        def change() -> None:
-            for space, index in self.indexes().items():
-                if changed:
-                    index.upsert(keys, np.stack([vectors[space] for vectors in changed.values()]))
-
-        self._follow(change)
-
-    def deleted(self, keys: Sequence[int]) -> None:
-        """Follow a commit that deleted `keys`."""
-
-        def change() -> None:
-            for index in self.indexes().values():
-                index.remove(np.array(keys, dtype=np.int64))
-
-        self._follow(change)
-
-    def forget(self) -> None:
-        """Free the memory; the store is read again when next needed."""
-        self._indexes = None
-
-    def _try_search(
-        self, space: str, queries: NDArray[np.float32], k: int, exclude: Sequence[str]
-    ) -> list[list[Match]] | None:
-        """None where the index found a record that the store does not have."""
-        excluded = np.array(self._store.keys_of(exclude) if exclude else [], dtype=np.int64)
-        found = self.indexes()[space].search(queries, k, exclude=excluded)
-        keys = {key for hits in found for key in hits.keys.tolist()}
-        labels = self._store.labels_of(keys)
-        if len(labels) != len(keys):
-            return None
-        return [
-            [
-                Match(labels[key][0], score, labels[key][1])
-                for key, score in zip(hits.keys.tolist(), hits.scores.tolist(), strict=True)
-            ]
-            for hits in found
-        ]
-
-    def _follow(self, change: Callable[[], None]) -> None:
-        """The commit stands whatever happens here, so a failure must not leave a stale index."""
+    def follow(self, changes: Sequence[Changes]) -> None:
+        """Take over what was committed. Whatever happens here, the commit stands."""
         try:
-            change()
+            with self._changing:
+                view = self.view
+                for each in changes:
+                    view = view.after(each)
+                self.view = view
         except Exception:
-            _logger.exception("collection %r: building its index anew", self._name)
-            self.forget()
-            self.indexes()
-        except BaseException:  # an interrupt: leave now, build when next needed
-            self.forget()
+            _logger.exception("collection %r: reading its rows anew", self.name)
+            self.reload()
+        except BaseException:  # an interrupt: leave now, and read when next needed
+            self.lose_track()
             raise
 
-    def _build(self) -> dict[str, FlatIndex]:
-        indexes = {}
-        for space, dimension in self._store.spaces.items():
-            indexes[space] = FlatIndex(dimension)
-            # Closed by hand: after an error the generator would keep its connection for as long as
-            # somebody holds the traceback, and closing the store waits for it.
-            with closing(self._store.vectors_in(space)) as blocks:
-                for keys, vectors in blocks:
-                    indexes[space].upsert(keys, vectors)
-        return indexes
+    def lose_track(self) -> None:
+        """The rows in memory may not be those of the store."""
+        self._is_lost = True
+
+    def reload(self) -> None:
+        """Read the store as if it had just been opened."""
+        with self.commits.paused(), self._changing:
+            self.view, self.saved = loading.load(self.store, name=self.name)
+            self._is_lost = False
+
+    def change_space(self, name: str, change: Callable[[Space], Space]) -> None:
+        """Put other structures with the same vectors in place of a space's present ones."""
+        with self._changing:
+            self.view = self.view.with_space(name, change(self.view.spaces[name]))
+
+    def replace_all(self, numbers: Rows, spaces: Mapping[str, Space]) -> None:
+        """Put structures built from the store, of the rows `numbers`, in place of all present ones.
+
+        The present ones must have rows above the last of `numbers` in blocks, to be taken over.
+        """
+        while len(self.view.rows_after(numbers)) > _TAKEN_AT_ONCE:
+            numbers, spaces = self.view.taken_over(numbers, spaces)
+        with self._changing:  # what has come since is little, and whoever writes waits for it
+            numbers, spaces = self.view.taken_over(numbers, spaces)
+            self.view = self.view.rearranged(numbers, spaces)
+
+    def current(self) -> View:
+        """The view, read anew where an interrupt has left it behind."""
+        if self._is_lost:
+            self.reload()
+        return self.view
+
+    def select(self, chosen: Filter | None) -> tuple[View, Mask | None]:
+        """A view, and which of its positions pass the filter, live or not; None: all."""
+        while True:
+            view = self.current()
+            if chosen is None:
+                return view, None
+            columns = view.table.columns(chosen.keys)
+            if len(columns) == len(chosen.keys):
+                return view, chosen.mask(columns, view.count)
+            with self.commits.paused():  # a column must have every row when it is put beside them
+                self._add_columns(self.current(), chosen.keys)
+
+    def matching_rows(self, chosen: Filter | None) -> Rows:
+        """The rows that pass the filter, sorted."""
+        view, mask = self.select(chosen)
+        allowed = view.allowed(mask)
+        numbers = view.numbers[: view.count]
+        return numbers if allowed is None else numbers[allowed]
+
+    def search(
+        self,
+        space: str,
+        queries: NDArray[np.float32],
+        k: int,
+        *,
+        chosen: Filter | None = None,
+        exclude: Sequence[str] = (),
+    ) -> list[list[Match]]:
+        """The k nearest records to each query [n, dimension] that pass `chosen`, best first.
+
+        Equal scores stand in the order of the vectors' writing.
+        """
+        matches: list[list[Match]] = []
+        for start in range(0, len(queries), _QUERIES_AT_ONCE):
+            piece = queries[start : start + _QUERIES_AT_ONCE]
+            for _ in range(_TRIES):
+                found = self._try_search(space, piece, k, chosen, exclude)
+                if found is not None:
+                    break
+            else:
+                with self.commits.paused():
+                    found = self._try_search(space, piece, k, chosen, exclude)
+            if found is None:
+                raise StoreDamaged(f"collection {self.name!r}: records have gone from its file")
+            matches += found
+        return matches
+
+    def nearest(
+        self, view: View, space: str, queries: NDArray[np.float32], k: int, allowed: Mask | None
+    ) -> list[tuple[NDArray[np.float32], Rows]] | None:
+        """(scores, rows) for each query, best first; None where the store lacks a vector now."""
+        own = view.spaces[space]
+        queries = prepared(queries, own.metric)
+        parts = []
+        for part in own.search(queries, k, allowed=allowed):
+            if not part.is_exact:
+                again = self._rescored(view, space, queries, part)
+                if again is None:
+                    return None
+                part = again
+            parts.append(part)
+        if not parts:
+            empty = np.empty(0, np.float32), np.empty(0, np.int64)
+            return [empty for _ in queries]
+        scores = np.concatenate([part.scores for part in parts], axis=1)
+        positions = np.concatenate([part.positions for part in parts], axis=1)
+        found = []
+        for row_scores, row_positions in zip(scores, positions, strict=True):
+            is_one = row_positions >= 0
+            row_scores, row_positions = row_scores[is_one], row_positions[is_one]
+            order = np.lexsort((row_positions, -row_scores))[:k]
+            found.append((row_scores[order], view.numbers[row_positions[order]]))
+        return found
+
+    def _try_search(
+        self,
+        space: str,
+        queries: NDArray[np.float32],
+        k: int,
+        chosen: Filter | None,
+        exclude: Sequence[str],
+    ) -> list[list[Match]] | None:
+        """None where records that were found have been changed meanwhile."""
+        view, mask = self.select(chosen)
+        allowed = view.allowed(mask, self.store.rows_of(exclude) if exclude else ())
+        found = self.nearest(view, space, queries, k, allowed)
+        if found is None:
+            return None
+        labels = self.store.labels_of({row for _, rows in found for row in rows.tolist()})
+        if any(row not in labels for _, rows in found for row in rows.tolist()):
+            return None
+        if chosen is not None and not chosen.matches([m for _, m in labels.values()]).all():
+            return None
+        is_distance = view.spaces[space].metric == "l2"
+        return [
+            [
+                Match(labels[row][0], -((-score) ** 0.5) if is_distance else score, labels[row][1])
+                for score, row in zip(scores.tolist(), rows.tolist(), strict=True)
+            ]
+            for scores, rows in found
+        ]
+
+    def _rescored(
+        self, view: View, space: str, queries: NDArray[np.float32], part: Found
+    ) -> Found | None:
+        metric = view.spaces[space].metric
+        wanted = np.unique(part.positions[part.positions >= 0])
+        rows, vectors = self.store.vectors_of(space, view.numbers[wanted])
+        if len(rows) != len(wanted):
+            return None
+        vectors = prepared(vectors, metric)
+        scores = np.full(part.scores.shape, -np.inf, np.float32)
+        for i, positions in enumerate(part.positions):
+            is_one = positions >= 0
+            own = vectors[np.searchsorted(wanted, positions[is_one])]
+            scores[i, is_one] = _scores(queries[i], own, metric)
+        return Found(scores, part.positions, is_exact=True)
+
+    def _add_columns(self, view: View, keys: frozenset[str]) -> None:
+        columns = {}
+        numbers = view.numbers[: view.count]
+        for key in keys:
+            texts: list[str | None] = [None] * view.count
+            for block in self.store.values_at(sqlite_path(key)):
+                at = np.searchsorted(numbers, [row for row, _ in block]).tolist()
+                for position, (_, text) in zip(at, block, strict=True):
+                    texts[position] = text
+            columns[key] = Column(key)
+            columns[key].extend_json(texts)
+        view.table.add(columns)
+
+
+def _scores(
+    query: NDArray[np.float32], vectors: NDArray[np.float32], metric: str
+) -> NDArray[np.float32]:
+    if metric == "l2":
+        return -np.square(vectors - query).sum(axis=1)
+    return vectors @ query

@@ -16,7 +16,8 @@ MAX_ID_CHARACTERS = 512
 MAX_DIMENSION = 65_536
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
-Outcome = Literal["created", "updated", "unchanged"]
+Outcome = Literal["created", "updated", "unchanged", "exists", "skipped"]
+OnDuplicate = Literal["add", "skip", "update"]
 
 
 # Equality of arrays is not a truth value, so the classes that hold vectors compare by identity.
@@ -66,10 +67,17 @@ class Match:
 
 @dataclass(frozen=True)
 class UpsertOutcome:
-    """What an upsert did to one record."""
+    """What a write did with one record.
+
+    Attributes:
+        outcome: "created", "updated" or "unchanged"; "exists" where `insert` found the id taken;
+            "skipped" where another record has the same content.
+        same_as: the id of the record that has the same content and stands in this one's place.
+    """
 
     id: str
     outcome: Outcome
+    same_as: str | None = None
 
 
 @dataclass(frozen=True, eq=False)

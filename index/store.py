@@ -3,302 +3,316 @@
 import json
 import sqlite3
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import uuid
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from index import schema
 from index.database import Database
-from index.records import (
-    CheckedRecord,
-    Outcome,
-    Record,
-    check_model,
-    check_spaces,
-    is_possible_id,
-)
+from index.kinds import IndexSettings, InvalidSettings, Metric, check_metric
+from index.records import Record, check_model, check_spaces, is_possible_id
+from index.schema import vectors_table
 
 FILE_NAME = "collection.sqlite"
-SCHEMA_VERSION = 1
 _ROWS_PER_BLOCK = 4096
-
-# AUTOINCREMENT never gives a key out twice, so a key that outlives its record (in a cursor, in a
-# search that is under way) cannot come to mean another one. Metadata and vectors stand in tables of
-# their own kind because listing records must not read vectors, and loading vectors not records.
-_SCHEMA = (
-    "CREATE TABLE collection (model TEXT NOT NULL, created_at REAL NOT NULL)",
-    "CREATE TABLE spaces ("
-    "number INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, dimension INTEGER NOT NULL)",
-    "CREATE TABLE records ("
-    "key INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, metadata TEXT NOT NULL, "
-    "content_hash TEXT, created_at REAL NOT NULL, updated_at REAL NOT NULL)",
-    "CREATE TABLE thumbnails ("
-    "thumbnail BLOB NOT NULL, key INTEGER PRIMARY KEY REFERENCES records ON DELETE CASCADE)",
-    f"PRAGMA user_version = {SCHEMA_VERSION}",
-)
-_RECORD_COLUMNS = "key, id, metadata, content_hash, created_at, updated_at"
-
-
-@dataclass(frozen=True)
-class Written:
-    """What one record's write came to: its key, and whether its vectors are new to the index."""
-
-    key: int
-    outcome: Outcome
-    vectors_changed: bool
+_RECORD_COLUMNS = "key, id, row, metadata, content_hash, created_at, updated_at"
 
 
 class Store:
-    """One collection's database.
+    """One collection's database, for reading; `index.writes` writes it.
 
     Safe to use from many threads. Vectors are kept as they were given: float32, not normalised.
     Any method raises `StoreDamaged` or `StoreFailed`, and `CollectionNotFound` once closed.
+
+    Attributes:
+        uuid: the collection's own, given when it was made.
+        metric, model, spaces, created_at: as in `Collection`.
     """
 
     def __init__(self, folder: Path, *, name: str) -> None:
-        self._database = Database(folder / FILE_NAME, described=f"collection {name!r}")
+        self.folder = folder
+        self.database = Database(folder / FILE_NAME, described=f"collection {name!r}")
         try:
             self._read_description()
         except BaseException:
-            self._database.close()
+            self.database.close()
             raise
 
     @staticmethod
-    def create(folder: Path, *, spaces: Mapping[str, int], model: str) -> None:
+    def create(
+        folder: Path,
+        *,
+        spaces: Mapping[str, int],
+        model: str,
+        metric: Metric = "cosine",
+        settings: IndexSettings | None = None,
+    ) -> None:
         """Make an empty database in `folder`, which must exist.
 
         Raises:
-            InvalidName, InvalidVector, ValueError: `spaces` or `model` cannot be.
+            InvalidName, InvalidVector, InvalidSettings, ValueError: what was given cannot be.
         """
         check_spaces(spaces)
         check_model(model)
-        database = Database(folder / FILE_NAME, described="the new collection", is_new=True)
+        check_metric(metric)
+        described = json.dumps((settings or IndexSettings()).to_dict())
+        database = Database(
+            folder / FILE_NAME, described="the new collection", page_bytes=schema.PAGE_BYTES
+        )
         try:
             with database.writing() as connection:
-                for statement in _SCHEMA:
+                for statement in schema.STATEMENTS:
                     connection.execute(statement)
-                connection.execute("INSERT INTO collection VALUES (?, ?)", (model, time.time()))
+                connection.execute(
+                    "INSERT INTO collection VALUES (?, ?, ?, ?, ?, 0)",
+                    (uuid.uuid4().hex, model, metric, described, time.time()),
+                )
                 for number, (space, dimension) in enumerate(spaces.items()):
                     connection.execute(
                         "INSERT INTO spaces VALUES (?, ?, ?)", (number, space, dimension)
                     )
-                    connection.execute(
-                        f"CREATE TABLE {_vectors(number)} (vector BLOB NOT NULL, "
-                        "key INTEGER PRIMARY KEY REFERENCES records ON DELETE CASCADE)"
-                    )
+                    connection.execute(schema.create_vectors_table(number))
+                schema.set_version(connection)
         finally:
             database.close()
 
-    def upsert(self, records: Sequence[CheckedRecord]) -> list[Written]:
-        """Write all or none, in order; committed and fsynced when this returns."""
-        now = time.time()
-        with self._database.writing() as connection:
-            return [self._upsert_one(connection, record, now) for record in records]
-
-    def delete(self, ids: Iterable[str]) -> list[int]:
-        """Delete all or none; the keys of those that existed."""
-        with self._database.writing() as connection:
-            keys = _keys_of(connection, ids)
-            connection.executemany("DELETE FROM records WHERE key = ?", [(key,) for key in keys])
-        return keys
-
-    def keys_of(self, ids: Iterable[str]) -> list[int]:
-        """The keys of those ids that exist, in no particular order."""
-        with self._database.reading() as connection:
-            return _keys_of(connection, ids)
+    @property
+    def settings(self) -> IndexSettings:
+        """The kind of index that the collection asks for."""
+        with self.database.reading() as connection:
+            text = connection.execute("SELECT settings FROM collection").fetchone()[0]
+        try:
+            return IndexSettings.from_dict(json.loads(text))
+        except (ValueError, InvalidSettings) as error:
+            raise self.database.damage(f"its settings are garbled: {error}") from error
 
     def get(self, record_id: str, *, with_vectors: bool) -> Record | None:
         """The record with this id, or None."""
         if not is_possible_id(record_id):
             return None
-        with self._database.reading() as connection:
+        with self.database.reading() as connection:
             row = connection.execute(
                 f"SELECT {_RECORD_COLUMNS} FROM records WHERE id = ?", (record_id,)
             ).fetchone()
-            if row is None:
-                return None
-            vectors = self._vectors_of(connection, row[0]) if with_vectors else {}
-            return self._record(row, vectors)
+            return None if row is None else self._records(connection, [row], with_vectors)[0]
 
     def thumbnail(self, record_id: str) -> bytes | None:
         """What was given as this record's thumbnail; None without one, or without the record."""
         if not is_possible_id(record_id):
             return None
-        with self._database.reading() as connection:
+        with self.database.reading() as connection:
             row = connection.execute(
                 "SELECT thumbnail FROM thumbnails JOIN records USING (key) WHERE id = ?",
                 (record_id,),
             ).fetchone()
         return None if row is None else bytes(row[0])
 
-    def records_after(self, key: int, limit: int) -> list[tuple[int, Record]]:
-        """Up to `limit` (key, record) with keys above `key`, in order of keys, without vectors."""
-        with self._database.reading() as connection:
-            rows = connection.execute(
-                f"SELECT {_RECORD_COLUMNS} FROM records WHERE key > ? ORDER BY key LIMIT ?",
-                (key, limit),
-            ).fetchall()
-        return [(row[0], self._record(row, {})) for row in rows]
+    def records_after(
+        self, key: int, limit: int, *, with_vectors: bool, among: NDArray[np.int64] | None = None
+    ) -> list[tuple[int, Record]]:
+        """Up to `limit` (key, record) with keys above `key`, in order of keys.
 
-    def labels_of(self, keys: Iterable[int]) -> dict[int, tuple[str, dict[str, Any]]]:
-        """key -> (id, metadata) for those keys that exist."""
-        with self._database.reading() as connection:
-            rows = connection.execute(
-                "SELECT key, id, metadata FROM records "
-                "WHERE key IN (SELECT value FROM json_each(?))",
-                (json.dumps(list(keys)),),
+        `among` gives the rows that count, sorted.
+        """
+        with self.database.reading() as connection:
+            if among is None:
+                rows = connection.execute(
+                    f"SELECT {_RECORD_COLUMNS} FROM records WHERE key > ? ORDER BY key LIMIT ?",
+                    (key, limit),
+                ).fetchall()
+            else:
+                rows = _rows_among(connection, key, limit, among)
+            records = self._records(connection, rows, with_vectors)
+        return [(row[0], record) for row, record in zip(rows, records, strict=True)]
+
+    def labels_of(self, rows: Iterable[int]) -> dict[int, tuple[str, dict[str, Any]]]:
+        """row -> (id, metadata) for those rows that exist."""
+        with self.database.reading() as connection:
+            found = connection.execute(
+                "SELECT row, id, metadata FROM records "
+                "WHERE row IN (SELECT value FROM json_each(?))",
+                (json.dumps(list(rows)),),
             ).fetchall()
-        return {key: (record_id, self._metadata(text)) for key, record_id, text in rows}
+        return {row: (record_id, self._metadata(text)) for row, record_id, text in found}
+
+    def rows_of(self, ids: Iterable[str]) -> list[int]:
+        """The rows of those ids that exist, in no particular order."""
+        with self.database.reading() as connection:
+            return rows_of(connection, ids)
+
+    def all_rows(self) -> NDArray[np.int64]:
+        """Every record's row, sorted."""
+        with self.database.reading() as connection:
+            cursor = connection.execute("SELECT row FROM records ORDER BY row")
+            return np.fromiter((row for (row,) in cursor), dtype=np.int64)
+
+    def vectors_of(
+        self, space: str, rows: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Those of `rows` that exist, sorted, and their vectors [n, dimension]."""
+        table, dimension = vectors_table(self._numbers[space]), self.spaces[space]
+        with self.database.reading() as connection:
+            found = connection.execute(
+                f"SELECT row, vector FROM {table} WHERE row IN (SELECT value FROM json_each(?)) "
+                "ORDER BY row",
+                (json.dumps(rows.tolist()),),
+            ).fetchall()
+        return self._block(found, space, dimension)
 
     def vectors_in(
-        self, space: str
+        self, space: str, *, after: int = 0, up_to: int | None = None
     ) -> Generator[tuple[NDArray[np.int64], NDArray[np.float32]], None, None]:
-        """All of one space in blocks, in order of keys: keys [n], vectors [n, dimension]."""
+        """A space's vectors in blocks, in order of rows: rows [n], vectors [n, dimension].
+
+        Only of rows above `after` and not above `up_to`. All of one commit, however long it takes.
+        """
         dimension, found = self.spaces[space], 0
-        with self._database.reading() as connection:
+        limits = (after, 2**62 if up_to is None else up_to)
+        with self.database.reading() as connection:
             cursor = connection.execute(
-                f"SELECT key, vector FROM {_vectors(self._numbers[space])} ORDER BY key"
+                f"SELECT row, vector FROM {vectors_table(self._numbers[space])} "
+                "WHERE row > ? AND row <= ? ORDER BY row",
+                limits,
             )
-            while rows := cursor.fetchmany(_ROWS_PER_BLOCK):
-                found += len(rows)
-                keys = np.array([key for key, _ in rows], dtype=np.int64)
-                blobs = [blob for _, blob in rows]
-                if any(len(blob) != 4 * dimension for blob in blobs):
-                    raise self._database.damage(f"a vector of space {space!r} has a wrong length")
-                block = _to_vector(b"".join(blobs)).reshape(len(rows), dimension)
-                # SQLite keeps no checksums; these are the two faults that would spoil a search.
-                if not np.isfinite(block).all() or not block.any(axis=1).all():
-                    raise self._database.damage(f"a vector of space {space!r} is garbled")
-                yield keys, block
-            count = connection.execute("SELECT count(*) FROM records").fetchone()[0]
+            while block := cursor.fetchmany(_ROWS_PER_BLOCK):
+                found += len(block)
+                yield self._block(block, space, dimension)
+            (count,) = connection.execute(
+                "SELECT count(*) FROM records WHERE row > ? AND row <= ?", limits
+            ).fetchone()
         if found != count:
-            raise self._database.damage(f"{count} records have {found} vectors in space {space!r}")
+            raise self.database.damage(f"{count} records have {found} vectors in space {space!r}")
+
+    def values_at(self, path: str) -> Generator[list[tuple[int, str | None]], None, None]:
+        """(row, JSON text of the metadata at SQLite's JSON `path`), by row, in blocks."""
+        with self.database.reading() as connection:
+            cursor = connection.execute(
+                "SELECT row, metadata -> ? FROM records ORDER BY row", (path,)
+            )
+            while block := cursor.fetchmany(16 * _ROWS_PER_BLOCK):
+                yield block
+
+    def stored_vectors(
+        self, connection: sqlite3.Connection, row: int
+    ) -> dict[str, NDArray[np.float32]]:
+        """A record's vectors in every space, inside the caller's transaction."""
+        vectors = {}
+        for space, dimension in self.spaces.items():
+            found = connection.execute(
+                f"SELECT vector FROM {vectors_table(self._numbers[space])} WHERE row = ?", (row,)
+            ).fetchone()
+            if found is None or len(found[0]) != 4 * dimension:
+                raise self.database.damage(f"a record lacks its vector in space {space!r}")
+            # Little-endian on disk; the copy makes it native and writable.
+            vectors[space] = np.frombuffer(found[0], dtype="<f4").astype(np.float32)
+        return vectors
+
+    def tables(self) -> dict[str, str]:
+        """space -> the table of its vectors."""
+        return {space: vectors_table(number) for space, number in self._numbers.items()}
 
     def close(self) -> None:
         """Wait for what is running and close the file. Closing twice is allowed."""
-        self._database.close()
+        self.database.close()
 
     def _read_description(self) -> None:
-        with self._database.reading() as connection:
+        with self.database.reading() as connection:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version > SCHEMA_VERSION:
-                raise self._database.damage(
-                    f"its format is version {version} and this program reads up to "
-                    f"{SCHEMA_VERSION} (a newer release wrote it; upgrading helps)"
-                )
-            described = connection.execute("SELECT model, created_at FROM collection").fetchall()
+        if version > schema.SCHEMA_VERSION:
+            raise self.database.damage(
+                f"its format is version {version} and this program reads up to "
+                f"{schema.SCHEMA_VERSION} (a newer release wrote it; upgrading helps)"
+            )
+        if version < 1:
+            raise self.database.damage("it does not describe a collection")
+        if version < schema.SCHEMA_VERSION:
+            with self.database.writing() as connection:
+                schema.upgrade(connection, version, uuid=uuid.uuid4().hex)
+        with self.database.reading() as connection:
+            described = connection.execute(
+                "SELECT uuid, model, metric, created_at FROM collection"
+            ).fetchall()
             spaces = connection.execute(
                 "SELECT number, name, dimension FROM spaces ORDER BY number"
             ).fetchall()
-        if version < 1 or len(described) != 1 or not spaces:
-            raise self._database.damage("it does not describe a collection")
-        self.model: str = described[0][0]
-        self.created_at: float = described[0][1]
+        if len(described) != 1 or not spaces:
+            raise self.database.damage("it does not describe a collection")
+        self.uuid: str = described[0][0]
+        self.model: str = described[0][1]
+        self.metric: Metric = described[0][2]
+        self.created_at: float = described[0][3]
         self.spaces: dict[str, int] = {name: dimension for _, name, dimension in spaces}
         self._numbers: dict[str, int] = {name: number for number, name, _ in spaces}
 
-    def _upsert_one(
-        self, connection: sqlite3.Connection, record: CheckedRecord, now: float
-    ) -> Written:
-        fields = (record.metadata_json, record.content_hash)
-        row = connection.execute(
-            "SELECT key, metadata, content_hash FROM records WHERE id = ?", (record.id,)
-        ).fetchone()
-        if row is None:
-            key = connection.execute(
-                "INSERT INTO records (id, metadata, content_hash, created_at, updated_at) "
-                "VALUES (?, ?, ?, ?, ?) RETURNING key",
-                (record.id, *fields, now, now),
-            ).fetchone()[0]
-            self._write_vectors(connection, key, record)
-            self._write_thumbnail(connection, key, record)
-            return Written(key, "created", vectors_changed=True)
-        key = row[0]
-        stored = self._vectors_of(connection, key)
-        vectors_changed = any(
-            stored[space].tobytes() != vector.tobytes() for space, vector in record.vectors.items()
-        )
-        if not vectors_changed and row[1:] == fields:
-            return Written(key, "unchanged", vectors_changed=False)
-        connection.execute(
-            "UPDATE records SET metadata = ?, content_hash = ?, updated_at = ? WHERE key = ?",
-            (*fields, now, key),
-        )
-        if vectors_changed:
-            self._write_vectors(connection, key, record)
-        self._write_thumbnail(connection, key, record)
-        return Written(key, "updated", vectors_changed)
+    def _block(
+        self, found: list[tuple[int, bytes]], space: str, dimension: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        blobs = [blob for _, blob in found]
+        if any(len(blob) != 4 * dimension for blob in blobs):
+            raise self.database.damage(f"a vector of space {space!r} has a wrong length")
+        flat = np.frombuffer(b"".join(blobs), dtype="<f4").astype(np.float32)
+        vectors = flat.reshape(len(blobs), dimension)
+        # SQLite keeps no checksums; these are the faults that would spoil a search.
+        is_garbled = not np.isfinite(vectors).all()
+        if is_garbled or (self.metric == "cosine" and not vectors.any(axis=1).all()):
+            raise self.database.damage(f"a vector of space {space!r} is garbled")
+        return np.array([row for row, _ in found], dtype=np.int64), vectors
 
-    def _write_vectors(
-        self, connection: sqlite3.Connection, key: int, record: CheckedRecord
-    ) -> None:
-        for space, vector in record.vectors.items():
-            table = _vectors(self._numbers[space])
-            connection.execute(
-                f"INSERT OR REPLACE INTO {table} (key, vector) VALUES (?, ?)",
-                (key, vector.astype("<f4").tobytes()),
+    def _records(
+        self, connection: sqlite3.Connection, rows: list[Any], with_vectors: bool
+    ) -> list[Record]:
+        return [
+            Record(
+                id=record_id,
+                metadata=self._metadata(metadata),
+                content_hash=content_hash,
+                vectors=self.stored_vectors(connection, row) if with_vectors else {},
+                created_at=created_at,
+                updated_at=updated_at,
             )
-
-    def _write_thumbnail(
-        self, connection: sqlite3.Connection, key: int, record: CheckedRecord
-    ) -> None:
-        if record.thumbnail is not None:
-            connection.execute(
-                "INSERT OR REPLACE INTO thumbnails (key, thumbnail) VALUES (?, ?)",
-                (key, record.thumbnail),
-            )
-
-    def _vectors_of(
-        self, connection: sqlite3.Connection, key: int
-    ) -> dict[str, NDArray[np.float32]]:
-        vectors = {}
-        for space, dimension in self.spaces.items():
-            row = connection.execute(
-                f"SELECT vector FROM {_vectors(self._numbers[space])} WHERE key = ?", (key,)
-            ).fetchone()
-            if row is None or len(row[0]) != 4 * dimension:
-                raise self._database.damage(f"a record lacks its vector in space {space!r}")
-            vectors[space] = _to_vector(row[0])
-        return vectors
-
-    def _record(self, row: tuple[Any, ...], vectors: dict[str, NDArray[np.float32]]) -> Record:
-        _, record_id, metadata, content_hash, created_at, updated_at = row
-        return Record(
-            id=record_id,
-            metadata=self._metadata(metadata),
-            content_hash=content_hash,
-            vectors=vectors,
-            created_at=created_at,
-            updated_at=updated_at,
-        )
+            for _, record_id, row, metadata, content_hash, created_at, updated_at in rows
+        ]
 
     def _metadata(self, text: str) -> dict[str, Any]:
         try:
             metadata = json.loads(text)
         except (TypeError, ValueError) as error:
-            raise self._database.damage("a record's metadata is garbled") from error
+            raise self.database.damage("a record's metadata is garbled") from error
         if not isinstance(metadata, dict):
-            raise self._database.damage("a record's metadata is garbled")
+            raise self.database.damage("a record's metadata is garbled")
         return metadata
 
 
-def _keys_of(connection: sqlite3.Connection, ids: Iterable[str]) -> list[int]:
+def rows_of(connection: sqlite3.Connection, ids: Iterable[str]) -> list[int]:
+    """The rows of those ids that exist, inside the caller's transaction."""
     possible = [record_id for record_id in ids if is_possible_id(record_id)]
     rows = connection.execute(
-        "SELECT key FROM records WHERE id IN (SELECT value FROM json_each(?))",
+        "SELECT row FROM records WHERE id IN (SELECT value FROM json_each(?))",
         (json.dumps(possible),),
     ).fetchall()
-    return [key for (key,) in rows]
+    return [row for (row,) in rows]
 
 
-def _vectors(number: int) -> str:
-    """The table that holds a space's vectors."""
-    return f"vectors_{number}"
-
-
-def _to_vector(blob: bytes) -> NDArray[np.float32]:
-    # Little-endian on disk; the copy makes it native and writable.
-    return np.frombuffer(blob, dtype="<f4").astype(np.float32)
+def _rows_among(
+    connection: sqlite3.Connection, key: int, limit: int, among: NDArray[np.int64]
+) -> list[Any]:
+    if len(among) <= _ROWS_PER_BLOCK:
+        return connection.execute(
+            f"SELECT {_RECORD_COLUMNS} FROM records "
+            "WHERE row IN (SELECT value FROM json_each(?)) AND key > ? ORDER BY key LIMIT ?",
+            (json.dumps(among.tolist()), key, limit),
+        ).fetchall()
+    found: list[Any] = []
+    cursor = connection.execute(
+        f"SELECT {_RECORD_COLUMNS} FROM records WHERE key > ? ORDER BY key", (key,)
+    )
+    while len(found) < limit and (block := cursor.fetchmany(_ROWS_PER_BLOCK)):
+        rows = np.array([row[2] for row in block], dtype=np.int64)
+        at = np.searchsorted(among, rows)
+        is_among = among[np.minimum(at, len(among) - 1)] == rows
+        found += [row for row, counts in zip(block, is_among.tolist(), strict=True) if counts]
+    return found[:limit]

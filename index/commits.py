@@ -1,0 +1,129 @@
+"""Writes that come at the same time share one commit, and so one wait for the disk."""
+
+import sqlite3
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol, TypeVar, cast
+
+from index.database import Database
+from index.writes import Changes
+
+T = TypeVar("T")
+_MOST_WRITES = 64  # that share a commit, so that the first does not wait for ever more
+
+
+class Follower(Protocol):
+    """Whoever keeps a copy of what was committed. Called before the writers are told of it."""
+
+    def follow(self, changes: Sequence[Changes]) -> None:
+        """These were committed, in this order. Must not raise but for an interrupt."""
+
+    def lose_track(self) -> None:
+        """What has been committed since the last `follow` is not known."""
+
+
+class GroupCommit:
+    """Runs writes on a database, in the order of their coming.
+
+    There is no thread of its own: whoever gets the lock first writes for all who wait, commits once
+    and lets them go. Who writes alone waits for nobody.
+    """
+
+    def __init__(self, database: Database, follower: Follower) -> None:
+        self._database = database
+        self._follower = follower
+        self._queue: deque[_Write] = deque()
+        self._leading = threading.RLock()
+
+    def run(
+        self,
+        operation: Callable[[sqlite3.Connection], tuple[T, Changes]],
+        *,
+        alone: bool = False,
+    ) -> T:
+        """Run `operation` in a transaction; what it wrote is on disk and followed on return.
+
+        Args:
+            operation: writes through the connection; what it raises undoes it, and nothing else.
+                Gives the result and what it changed.
+            alone: every earlier write is committed and followed before `operation` begins.
+
+        Raises:
+            StoreFailed, StoreDamaged, CollectionNotFound: nothing was written.
+        """
+        own = _Write(operation, alone)
+        self._queue.append(own)
+        with self._leading:
+            while not own.done:
+                self._lead(self._next_group(), own)
+        if own.error is not None:
+            raise own.error
+        return cast(T, own.result)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, nothing is written, and all that was committed has been followed."""
+        with self._leading:
+            yield
+
+    def _next_group(self) -> list["_Write"]:
+        group = [self._queue.popleft()]
+        while (
+            self._queue
+            and len(group) < _MOST_WRITES
+            and not group[0].alone
+            and not self._queue[0].alone
+        ):
+            group.append(self._queue.popleft())
+        return group
+
+    def _lead(self, group: Sequence["_Write"], own: "_Write") -> None:
+        try:
+            with self._database.writing() as connection:
+                for write in group:
+                    write.run(connection)
+        except Exception as error:
+            for write in group:
+                write.fail(error)
+            return
+        except BaseException:
+            # This thread was interrupted, perhaps between the commit and here. The others' writes
+            # are done again by themselves, which is no harm: none of them was told of it.
+            self._queue.extendleft(write for write in reversed(group) if write is not own)
+            self._follower.lose_track()
+            raise
+        for write in group:
+            write.done = True  # nobody sees it before the lock is free again
+        self._follower.follow([write.changes for write in group if write.changes is not None])
+
+
+class _Write:
+    def __init__(
+        self, operation: Callable[[sqlite3.Connection], tuple[object, Changes]], alone: bool
+    ) -> None:
+        self.alone = alone
+        self.result: object = None
+        self.changes: Changes | None = None
+        self.error: Exception | None = None
+        self.done = False
+        self._operation = operation
+
+    def run(self, connection: sqlite3.Connection) -> None:
+        self.error = self.changes = None
+        connection.execute("SAVEPOINT one_write")
+        try:
+            self.result, self.changes = self._operation(connection)
+        except sqlite3.Error:
+            raise  # the transaction may be gone altogether, as it is on a full disk
+        except Exception as error:
+            self.error = error
+            connection.execute("ROLLBACK TO one_write")
+        connection.execute("RELEASE one_write")
+
+    def fail(self, error: Exception) -> None:
+        # Each thread raises an exception of its own: one would gather all their tracebacks.
+        self.error = type(error)(*error.args)
+        self.error.__cause__ = error
+        self.done = True

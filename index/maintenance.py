@@ -1,0 +1,279 @@
+"""The work on one collection's indexes that nobody waits for: building, tuning, saving."""
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from index.ann import EFFORTS, Ann
+from index.cache import read_cache, write_cache
+from index.errors import StoreFailed
+from index.kinds import Kind, choose_kind
+from index.loading import Saved, described, vectors_at
+from index.mirror import Mirror
+from index.recall import recall, take_sample
+from index.space import Space
+from index.view import Rows, View, prepared
+
+_logger = logging.getLogger(__name__)
+_ROWS_AT_ONCE = 2048
+_SAMPLE_ROWS = 65_536
+_PROGRESS_S = 10.0
+_SAVE_AGAIN_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildPolicy:
+    """When background work is worth doing.
+
+    Attributes:
+        save_rows: an index is saved once so many of its rows are not on disk,
+        save_share: and they are this part of all its rows.
+        compact_rows: removed rows are cleared out of the indexes once there are so many,
+        compact_share: and they are this part of all. Rows that an index on disk cannot take
+            (`mapped`) are built into it at the same two limits.
+        tune_share: recall is measured, and the effort of a search set by it, whenever the rows have
+            grown by this part.
+    """
+
+    save_rows: int = 10_000
+    save_share: float = 0.1
+    compact_rows: int = 1_000
+    compact_share: float = 0.25
+    tune_share: float = 0.5
+
+
+class Maintenance:
+    """What there is to be done for one collection, in steps.
+
+    Attributes:
+        recall: space -> recall@10 as last measured; absent before that.
+    """
+
+    def __init__(self, mirror: Mirror, policy: BuildPolicy) -> None:
+        self.recall: dict[str, float] = {}
+        self._mirror = mirror
+        self._policy = policy
+        self._is_forced = False
+        self._is_closing = False
+        self._tuned_rows: dict[str, int] = {}
+        self._work: Iterator[None] | None = None
+        self._save_not_before = 0.0
+
+    def force_rebuild(self) -> None:
+        """Build every index anew from the store."""
+        self._is_forced = True
+
+    def stop(self) -> None:
+        """Let the running step end soon, and let no further one begin."""
+        self._is_closing = True
+
+    def step(self) -> bool:
+        """Do the next piece of work; False when there is none."""
+        if self._is_closing:
+            return False
+        if self._work is None:
+            self._work = self._all_work()
+        try:
+            next(self._work)
+        except StopIteration:
+            self._work = None
+            return self._is_forced
+        except BaseException:
+            self._work = None
+            raise
+        return True
+
+    def save_unsaved(self) -> None:
+        """Save what is worth it before the collection closes."""
+        for name in self._mirror.store.spaces:
+            if self._unsaved_rows(name) >= self._policy.save_rows // 10:
+                self._save(name)
+
+    def _all_work(self) -> Iterator[None]:
+        mirror = self._mirror
+        view = mirror.current()
+        kind = choose_kind(mirror.settings, view.count - view.dead)
+        if self._needs_rebuild(view, kind):
+            yield from self._rebuild(kind)
+        for name in mirror.store.spaces:
+            if kind not in ("flat", "mapped"):
+                yield from self._absorb(name, kind)
+            if mirror.view.spaces[name].ann is None:
+                self.recall[name] = 1.0
+                continue
+            yield from self._tune(name)
+            unsaved, rows = self._unsaved_rows(name), mirror.view.spaces[name].built
+            if unsaved >= max(self._policy.save_rows, self._policy.save_share * rows):
+                self._save(name)
+                yield
+
+    def _needs_rebuild(self, view: View, kind: Kind) -> bool:
+        def is_much(rows: int) -> bool:
+            limit = max(self._policy.compact_rows, self._policy.compact_share * view.count)
+            return rows >= limit
+
+        if self._is_forced or is_much(view.dead):
+            return True
+        for space in view.spaces.values():
+            if space.ann is None:
+                if kind == "mapped":
+                    return True
+            elif space.ann.kind != kind:
+                return True
+            elif not space.ann.can_add and is_much(space.rows - space.built):
+                return True
+        return False
+
+    def _rebuild(self, kind: Kind) -> Iterator[None]:
+        """New structures beside the old ones, which answer until the new ones are whole."""
+        mirror, view = self._mirror, self._mirror.view
+        self._is_forced = False
+        numbers = view.numbers[: view.count][view.live[: view.count]]
+        _logger.info(
+            "collection %r: building its %s index of %d rows anew", mirror.name, kind, len(numbers)
+        )
+        started = time.monotonic()
+        spaces: dict[str, Space] = {}
+        for name, dimension in mirror.store.spaces.items():
+            space = Space(dimension=dimension, metric=mirror.store.metric)
+            vectors = vectors_at(mirror.store, mirror.name, name, numbers)
+            if kind == "flat":
+                for block in vectors:
+                    space = space.extended(block)
+                    yield
+            else:
+                ann = self._train(name, kind, numbers)
+                for block in vectors:
+                    ann.add(block, should_stop=self._should_stop)
+                    yield
+                if kind == "mapped":
+                    self._write(name, ann, numbers)
+                    ann = self._mapped(name)
+                space = replace(space, rows=len(numbers), ann=ann, built=len(numbers))
+            spaces[name] = space
+        mirror.replace_all(numbers, spaces)
+        self._tuned_rows.clear()
+        if kind != "mapped":
+            for name, saved in mirror.saved.items():  # what is on disk is of use until the next
+                mirror.saved[name] = replace(saved, rows=0)
+        _logger.info("collection %r: built in %.1f s", mirror.name, time.monotonic() - started)
+
+    def _absorb(self, name: str, kind: Kind) -> Iterator[None]:
+        """Put what is in blocks into the structure, a little at a time; make one if there is none."""
+        mirror = self._mirror
+        space = mirror.view.spaces[name]
+        if space.ann is None:
+            view = mirror.view
+            numbers = view.numbers[: view.count][view.live[: view.count]]
+            ann = self._train(name, kind, numbers)
+            mirror.change_space(name, lambda present: present.with_built(ann, 0))
+            yield
+        told = time.monotonic()
+        while (space := mirror.view.spaces[name]).built < space.rows and space.ann is not None:
+            ann = space.ann
+            _, vectors = next(space.unbuilt())
+            ann.add(vectors[:_ROWS_AT_ONCE], should_stop=self._should_stop)
+            built = len(ann)
+            mirror.change_space(name, lambda present: present.with_built(ann, built))
+            if time.monotonic() > told + _PROGRESS_S:
+                told = time.monotonic()
+                _logger.info(
+                    "collection %r, space %r: %d of %d vectors in the %s index",
+                    *(mirror.name, name, built, space.rows, kind),
+                )
+            yield
+
+    def _tune(self, name: str) -> Iterator[None]:
+        """Choose the least effort of a search that finds the part of neighbours asked for."""
+        mirror, view = self._mirror, self._mirror.view
+        space = view.spaces[name]
+        if space.ann is None or view.count < self._tuned_rows.get(name, 0) * (
+            1 + self._policy.tune_share
+        ):
+            return
+        sample = take_sample(mirror, view, name, should_stop=self._should_stop)
+        yield
+        if sample is None:
+            return
+        for effort in EFFORTS:
+            space.ann.effort = effort
+            measured = recall(mirror, view, name, sample)
+            yield
+            if measured is None:
+                return
+            self.recall[name] = measured
+            if measured >= mirror.settings.target_recall:
+                break
+        self._tuned_rows[name] = max(view.count, 1)
+        _logger.info(
+            "collection %r, space %r: recall@10 %.4f at effort %d",
+            *(mirror.name, name, self.recall[name], space.ann.effort),
+        )
+
+    def _train(self, name: str, kind: Kind, numbers: Rows) -> Ann:
+        mirror = self._mirror
+        chosen = numbers
+        if len(numbers) > _SAMPLE_ROWS:
+            random = np.random.default_rng(0)
+            chosen = np.sort(random.choice(numbers, _SAMPLE_ROWS, replace=False))
+        _, vectors = mirror.store.vectors_of(name, chosen)
+        return Ann.train(
+            kind,
+            mirror.store.spaces[name],
+            mirror.store.metric,
+            mirror.settings,
+            sample=prepared(vectors, mirror.store.metric),
+            expected_rows=len(numbers),
+        )
+
+    def _mapped(self, name: str) -> Ann:
+        store = self._mirror.store
+        cached = read_cache(store.folder, name, described=described(store, name))
+        if cached is None:
+            raise StoreFailed(f"{store.folder}: the index that was just saved has gone")
+        return Ann.load(
+            cached.path,
+            "mapped",
+            store.metric,
+            settings=self._mirror.settings,
+            effort=cached.effort,
+        )
+
+    def _save(self, name: str) -> None:
+        mirror = self._mirror
+        space = mirror.view.spaces[name]
+        if space.ann is None or time.monotonic() < self._save_not_before:
+            return
+        try:
+            self._write(name, space.ann, mirror.view.numbers[: space.built])
+        except StoreFailed as error:
+            # The index on disk is a cache: what it lacks is read from the store at the next start.
+            self._save_not_before = time.monotonic() + _SAVE_AGAIN_S
+            _logger.warning("%s; it is tried again in %.0f s", error, _SAVE_AGAIN_S)
+
+    def _write(self, name: str, ann: Ann, numbers: Rows) -> None:
+        store, saved = self._mirror.store, self._mirror.saved
+        before = saved.get(name, Saved(generation=0, rows=0))
+        # A number is used up even where the write fails.
+        saved[name] = replace(before, generation=before.generation + 1)
+        write_cache(
+            store.folder,
+            name,
+            save=ann.save,
+            numbers=numbers,
+            kind=ann.kind,
+            effort=ann.effort,
+            described=described(store, name),
+            generation=saved[name].generation,
+        )
+        saved[name] = replace(saved[name], rows=len(numbers))
+
+    def _should_stop(self) -> bool:
+        return self._is_closing
+
+    def _unsaved_rows(self, name: str) -> int:
+        saved = self._mirror.saved.get(name)
+        return self._mirror.view.spaces[name].built - (0 if saved is None else saved.rows)

@@ -1,0 +1,69 @@
+"""How many of the true nearest rows a search finds, by an exact scan for a sample of the rows."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from index.ann import search_block
+from index.kinds import Metric
+from index.loading import vectors_at
+from index.mirror import Mirror
+from index.view import Rows, View
+
+K = 10
+QUERIES = 100
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Vectors of the collection as queries, and the true K nearest of each, itself left out."""
+
+    rows: Rows
+    queries: NDArray[np.float32]
+    nearest: list[set[int]]
+
+
+def take_sample(
+    mirror: Mirror, view: View, space: str, *, should_stop: Callable[[], bool] = lambda: False
+) -> Sample | None:
+    """Scan the store for the neighbours of some of its rows, the same ones for the same rows.
+
+    None where `should_stop` said so, or where there are not two rows.
+    """
+    metric = view.spaces[space].metric
+    live = view.numbers[: view.count][view.live[: view.count]]
+    if len(live) < 2:
+        return None
+    chosen = np.random.default_rng(0).choice(live, min(QUERIES, len(live)), replace=False)
+    rows, queries = mirror.store.vectors_of(space, np.sort(chosen))
+    queries = mirror.prepared(queries)
+    scores = np.empty((len(rows), 0), np.float32)
+    found = np.empty((len(rows), 0), np.int64)
+    done = 0
+    for vectors in vectors_at(mirror.store, mirror.name, space, live):
+        if should_stop():
+            return None
+        own = search_block(queries, vectors, min(K + 1, len(vectors)), metric, None)
+        scores = np.concatenate([scores, own[0]], axis=1)
+        found = np.concatenate([found, live[done + own[1]]], axis=1)
+        best = np.argsort(-scores, axis=1, kind="stable")[:, : K + 1]
+        scores, found = (np.take_along_axis(each, best, axis=1) for each in (scores, found))
+        done += len(vectors)
+    nearest = [set(each.tolist()) - {row} for row, each in zip(rows.tolist(), found, strict=True)]
+    return Sample(rows, queries, nearest)
+
+
+def recall(mirror: Mirror, view: View, space: str, sample: Sample) -> float | None:
+    """The part of the sample's true neighbours that a search finds; None if rows went meanwhile."""
+    results = mirror.nearest(view, space, sample.queries, K + 1, view.allowed(None))
+    if results is None:
+        return None
+    found = wanted = 0
+    for row, nearest, (_, rows) in zip(
+        sample.rows.tolist(), sample.nearest, results, strict=True
+    ):
+        found += len(nearest & (set(rows.tolist()) - {row}))
+        wanted += len(nearest)
+    return found / max(wanted, 1)

@@ -1,0 +1,148 @@
+"""One space's vectors in memory: an approximate structure, and exact blocks of what it lacks yet."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from index.ann import Ann, search_block
+from index.kinds import Metric
+
+BLOCK_ROWS = 16_384
+# Codes rank roughly: so many times k are fetched, to be ranked again by the vectors themselves.
+RERANKED = 8
+_RERANKED_WHOLE = 2048  # so few that a filter lets through need no codes to choose among them
+
+Floats = NDArray[np.float32]
+Positions = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """Rows that may answer queries: `scores` float32 and `positions` int64 [queries, m].
+
+    A greater score is nearer; position -1 stands where there were fewer. `is_exact` says whether
+    the scores are those of the vectors, not of codes for them.
+    """
+
+    scores: Floats
+    positions: Positions
+    is_exact: bool
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Space:
+    """Vectors at positions 0 to `rows` - 1: `ann` has the first `built`, `blocks` the others.
+
+    A value: adding gives another `Space`, and a search that began with this one is not disturbed.
+    Blocks are shared between them and written only behind what the earlier one reads. One thread at
+    a time adds or moves.
+
+    Attributes:
+        blocks: (position of the first row, array [BLOCK_ROWS, dimension]), one after the other.
+    """
+
+    dimension: int
+    metric: Metric
+    rows: int = 0
+    ann: Ann | None = None
+    built: int = 0
+    blocks: tuple[tuple[int, Floats], ...] = ()
+
+    def extended(self, vectors: Floats) -> Self:
+        """With `vectors` [n, dimension] behind the present rows."""
+        blocks, rows, start = list(self.blocks), self.rows, 0
+        while start < len(vectors):
+            if not blocks or rows == blocks[-1][0] + BLOCK_ROWS:
+                blocks.append((rows, np.empty((BLOCK_ROWS, self.dimension), np.float32)))
+            first, block = blocks[-1]
+            piece = vectors[start : start + BLOCK_ROWS - (rows - first)]
+            block[rows - first : rows - first + len(piece)] = piece
+            rows += len(piece)
+            start += len(piece)
+        return replace(self, rows=rows, blocks=tuple(blocks))
+
+    def with_built(self, ann: Ann, built: int) -> Self:
+        """With `ann`, which has the first `built` rows; blocks that it has whole are let go."""
+        blocks = tuple(each for each in self.blocks if each[0] + BLOCK_ROWS > built)
+        return replace(self, ann=ann, built=built, blocks=blocks)
+
+    def unbuilt(self) -> Iterator[tuple[int, Floats]]:
+        """What `ann` lacks: (position of the first row, vectors [m, dimension]), in order."""
+        for first, block in self.blocks:
+            start = max(first, self.built)
+            end = min(first + BLOCK_ROWS, self.rows)
+            if start < end:
+                yield start, block[start - first : end - first]
+
+    def search(self, queries: Floats, k: int, *, allowed: Mask | None) -> list[Found]:
+        """At least the k best of each query [n, dimension], as far as there are k, in parts.
+
+        Of rows in blocks that score as well as the k-th of their block none is left out.
+
+        Args:
+            allowed: which positions count, at least `rows` of them; all without it.
+        """
+        found = []
+        if self.ann is not None and self.built:
+            own = None if allowed is None else allowed[: self.built]
+            found.append(self._search_ann(self.ann, queries, k, own))
+        for first, vectors in self.unbuilt():
+            own = None if allowed is None else allowed[first : first + len(vectors)]
+            if own is None or own.any():
+                found.append(self._search_block(queries, k, first, vectors, own))
+        return found
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the structure and the blocks take."""
+        blocks = sum(block.nbytes for _, block in self.blocks)
+        return blocks + (0 if self.ann is None else self.ann.memory_bytes)
+
+    def _search_ann(self, ann: Ann, queries: Floats, k: int, allowed: Mask | None) -> Found:
+        present = self.built if allowed is None else int(np.count_nonzero(allowed))
+        if not present:
+            nothing = np.empty((len(queries), 0))
+            return Found(nothing.astype(np.float32), nothing.astype(np.int64), is_exact=True)
+        if not ann.holds_vectors:
+            return self._search_codes(ann, queries, k, allowed, present)
+        if allowed is not None and ann.exact_is_cheaper(present):
+            return Found(*ann.search_rows(queries, np.flatnonzero(allowed), k), is_exact=True)
+        scores, positions = ann.search(queries, k, allowed=allowed)
+        # A graph may lose its way to some that a filter lets through; those few are looked at all.
+        if allowed is not None and (positions >= 0).sum(axis=1).min() < min(k, present):
+            scores, positions = ann.search_rows(queries, np.flatnonzero(allowed), k)
+        # While this search ran, the structure may have been given rows that blocks have here.
+        positions = np.where(positions < self.built, positions, -1)
+        return Found(scores, positions, is_exact=True)
+
+    def _search_codes(
+        self, ann: Ann, queries: Floats, k: int, allowed: Mask | None, present: int
+    ) -> Found:
+        if allowed is not None and present <= max(_RERANKED_WHOLE, RERANKED * k):
+            every = np.tile(np.flatnonzero(allowed), (len(queries), 1))
+            return Found(np.zeros(every.shape, np.float32), every, is_exact=False)
+        scores, positions = ann.search(queries, RERANKED * k, allowed=allowed)
+        if (positions >= 0).sum(axis=1).min() < min(k, present):
+            scores, positions = ann.search(
+                queries, RERANKED * k, allowed=allowed, effort=ann.most_effort
+            )
+        return Found(scores, np.where(positions < self.built, positions, -1), is_exact=False)
+
+    def _search_block(
+        self, queries: Floats, k: int, first: int, vectors: Floats, allowed: Mask | None
+    ) -> Found:
+        fetched = min(k + 1, len(vectors))
+        while True:
+            scores, positions = search_block(queries, vectors, fetched, self.metric, allowed)
+            # One more than k shows whether rows of equal score stand on both sides of the cut.
+            is_cut = fetched > k and bool(
+                ((scores[:, k - 1] == scores[:, -1]) & (positions[:, -1] >= 0)).any()
+            )
+            if not is_cut or fetched == len(vectors):
+                break
+            fetched = min(4 * fetched, len(vectors))
+        return Found(scores, np.where(positions >= 0, positions + first, -1), is_exact=True)

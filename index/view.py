@@ -1,0 +1,139 @@
+"""What a search looks at: every row in memory, as it was after one commit."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from index.metadata import MetadataTable
+from index.records import normalise
+from index.space import Mask, Positions, Space
+from index.writes import Changes
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class View:
+    """Rows in the order of their writing, at positions 0 to `count` - 1.
+
+    A value: each commit gives another. Arrays are longer than `count`, and shared with later views,
+    which write behind it alone.
+
+    Attributes:
+        numbers: the row at each position, ascending.
+        live: whether the store still has it.
+        dead: how many of the positions are not live.
+        spaces: name -> the vectors of the positions.
+        table: the metadata of the positions, as far as filters have asked for it.
+    """
+
+    numbers: Rows
+    live: Mask
+    count: int
+    dead: int
+    spaces: Mapping[str, Space]
+    table: MetadataTable
+
+    def after(self, changes: Changes) -> Self:
+        """What stands after a commit. Only the thread that follows commits calls this."""
+        live, dead = self.live, self.dead
+        gone = self.positions_of(changes.removed)
+        if len(gone):
+            # In place, a search that looks at this view would miss what was only replaced.
+            live = live.copy()
+            live[gone] = False
+            dead += len(gone)
+        count = self.count + len(changes.added)
+        numbers = _grown(self.numbers, count)
+        live = _grown(live, count)
+        numbers[self.count : count] = changes.added
+        live[self.count : count] = True
+        self.table.append(changes.metadata)
+        for row, metadata in changes.relabelled.items():
+            for position in self.positions_of(np.array([row])):
+                self.table.set(int(position), metadata)
+        spaces = self.spaces
+        if len(changes.added):
+            spaces = {
+                name: space.extended(prepared(changes.vectors[name], space.metric))
+                for name, space in spaces.items()
+            }
+        return replace(self, numbers=numbers, live=live, count=count, dead=dead, spaces=spaces)
+
+    def with_space(self, name: str, space: Space) -> Self:
+        """With other structures for a space that hold the same vectors."""
+        return replace(self, spaces={**self.spaces, name: space})
+
+    def rows_after(self, numbers: Rows) -> Rows:
+        """The rows here above the last of `numbers`."""
+        last = numbers[-1] if len(numbers) else 0
+        return self.numbers[np.searchsorted(self.numbers[: self.count], last, "right") : self.count]
+
+    def taken_over(
+        self, numbers: Rows, spaces: Mapping[str, Space]
+    ) -> tuple[Rows, Mapping[str, Space]]:
+        """`numbers`, and `spaces` that have their vectors, with the rows here above the last."""
+        more = self.rows_after(numbers)
+        for name, space in spaces.items():
+            for vectors in self.spaces[name].unbuilt_from(self.count - len(more)):
+                space = space.extended(vectors)
+            spaces = {**spaces, name: space}
+        return np.concatenate([numbers, more]), spaces
+
+    def rearranged(self, numbers: Rows, spaces: Mapping[str, Space]) -> Self:
+        """The same rows with those at the positions of `numbers` alone, which are all live ones.
+
+        Args:
+            numbers: rows of this view, ascending.
+            spaces: their vectors.
+        """
+        at = np.searchsorted(self.numbers[: self.count], numbers)
+        live = self.live[at]
+        return replace(
+            self,
+            numbers=numbers,
+            live=live,
+            count=len(numbers),
+            dead=len(live) - int(np.count_nonzero(live)),
+            spaces=spaces,
+            table=self.table.at(at),
+        )
+
+    def positions_of(self, rows: Rows) -> Positions:
+        """The positions of those of `rows` that are here and live."""
+        numbers = self.numbers[: self.count]
+        if not len(numbers) or not len(rows):
+            return np.empty(0, np.int64)
+        at = np.minimum(np.searchsorted(numbers, rows), len(numbers) - 1)
+        found: Positions = at[(numbers[at] == rows) & self.live[at]].astype(np.int64)
+        return found
+
+    def allowed(self, mask: Mask | None, exclude: Sequence[int] = ()) -> Mask | None:
+        """Which positions count [count]: live, in `mask`, not of the rows `exclude`. None: all."""
+        if mask is None and not self.dead and not len(exclude):
+            return None
+        allowed = self.live[: self.count].copy()
+        if mask is not None:
+            allowed &= mask
+        allowed[self.positions_of(np.asarray(exclude, dtype=np.int64))] = False
+        return allowed
+
+
+def prepared(vectors: NDArray[np.float32], metric: str) -> NDArray[np.float32]:
+    """Vectors [n, dimension] as the index holds them: of unit length where the metric is cosine."""
+    return normalise(vectors) if metric == "cosine" else np.ascontiguousarray(vectors)
+
+
+_Scalar = TypeVar("_Scalar", bound=np.generic)
+
+
+def _grown(array: NDArray[_Scalar], count: int) -> NDArray[_Scalar]:
+    """The array, or a longer copy of it where `count` does not fit."""
+    if count <= len(array):
+        return array
+    longer = np.zeros(max(count, len(array) + len(array) // 4, 1024), array.dtype)
+    longer[: len(array)] = array
+    return longer
