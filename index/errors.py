@@ -7,6 +7,7 @@
     ├── InvalidRecord
     ├── InvalidVector
     ├── InvalidCursor
+    ├── InvalidSettings
     ├── RecordNotFound
     ├── ModelMismatch
     ├── StoreInUse
@@ -44,6 +45,10 @@ class InvalidVector(CollectionError):
 
 class InvalidCursor(CollectionError):
     """A scroll cursor that this program did not give out."""
+
+
+class InvalidSettings(CollectionError):
+    """Settings of an index that do not fit: an unknown key, a value out of its range."""
 
 
 class RecordNotFound(CollectionError):

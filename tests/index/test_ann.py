@@ -3,7 +3,8 @@ import threading
 import numpy as np
 import pytest
 
-from index.ann import FlatIndex, _ReadWriteLock
+from index.ann import FlatIndex
+from index.locks import ReadWriteLock
 from tests.index.helpers import cosines
 
 
@@ -95,7 +96,7 @@ def test_lengths_that_overflow_float32_when_squared_are_normalised() -> None:
 
 
 def test_readers_share_the_lock_and_a_writer_is_alone() -> None:
-    lock, log = _ReadWriteLock(), list[str]()
+    lock, log = ReadWriteLock(), list[str]()
 
     def write() -> None:
         with lock.writing():

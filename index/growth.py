@@ -1,0 +1,67 @@
+"""Room for a faiss structure to grow into, made beside it and not under its lock."""
+
+from collections.abc import Callable
+from typing import Any
+
+from index.locks import ReadWriteLock
+
+# An eighth: copying everything about 8 times on the way to a large structure is next to nothing
+# beside building it, and old and new together take little more than twice the old.
+_GROWTH = 1.125
+
+
+class GrowingVector:
+    """One of faiss's std::vectors, moved to a larger place before it is full.
+
+    Left to itself it would copy everything under the hold of an addition: seconds for gigabytes.
+
+    Args:
+        outer: what faiss changes: the std::vector, or a wrapper that remembers address and size.
+        inner: the std::vector.
+        item_bytes: the size of an item.
+        items_a_row: for each row that the structure holds, on average and rounded up.
+        spare: items beyond that.
+        copy: (to, from, bytes).
+        free: frees what a std::vector holds.
+    """
+
+    def __init__(
+        self,
+        outer: Any,
+        inner: Any,
+        *,
+        item_bytes: int,
+        items_a_row: int,
+        spare: int,
+        copy: Callable[[Any, Any, int], object],
+        free: Callable[[Any], None],
+    ) -> None:
+        self._outer, self._inner = outer, inner
+        self._item_bytes, self._items_a_row, self._spare = item_bytes, items_a_row, spare
+        self._copy, self._free = copy, free
+        self._room = int(inner.size())  # the least that it can be: it cannot be asked
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of memory taken, room included."""
+        return self._room * self._item_bytes
+
+    def reserve(self, rows: int, lock: ReadWriteLock) -> None:
+        """Make room for `rows` in all.
+
+        For the one thread that changes the structure: as nobody else does, it copies while others
+        read, and `lock` is held for no longer than changing the address takes.
+        """
+        needed = rows * self._items_a_row + self._spare
+        if needed <= self._room:
+            return
+        room, size = max(needed, int(self._room * _GROWTH)), self._inner.size()
+        larger = type(self._inner)()
+        larger.resize(room)
+        if size:
+            self._copy(larger.data(), self._inner.data(), size * self._item_bytes)
+        with lock.writing():
+            self._inner.swap(larger)
+            self._outer.resize(size)  # less than there is room for, so nothing moves
+        self._room = room
+        self._free(larger)
