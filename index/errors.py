@@ -12,7 +12,9 @@
     ├── ModelMismatch
     ├── StoreInUse
     ├── StoreFailed
-    └── StoreDamaged
+    ├── StoreDamaged
+    ├── SnapshotNotFound
+    └── SnapshotDamaged
 
 A number that is wrong by the calling code alone (`k=0`, `limit=-1`) is a plain `ValueError`.
 Messages name collections, records and spaces, never the values of vectors.
@@ -69,3 +71,11 @@ class StoreFailed(CollectionError):
 
 class StoreDamaged(CollectionError):
     """A collection's file cannot be read: missing, corrupt, or written by a newer version."""
+
+
+class SnapshotNotFound(CollectionError):
+    """The collection has no snapshot of this name."""
+
+
+class SnapshotDamaged(CollectionError):
+    """A snapshot is not as it was written; nothing was restored from it."""
