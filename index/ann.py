@@ -197,6 +197,11 @@ class Ann:
             return int(self._index.ntotal)
 
     @property
+    def efforts(self) -> tuple[int, ...]:
+        """What `effort` can be set to, in rising order."""
+        return efforts(self.kind, self._lists)
+
+    @property
     def memory_bytes(self) -> int:
         """Bytes in memory, estimated from the structure."""
         with self._lock.reading():

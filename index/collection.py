@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 
 from index import writes
 from index.builder import Builder
+from index.checking import check
 from index.errors import InvalidCursor, InvalidVector, ModelMismatch, RecordNotFound
 from index.filters import parse_filter
 from index.kinds import IndexSettings
@@ -76,6 +77,11 @@ class Collection:
         self._builder = builder
         self._maintenance = Maintenance(self._mirror, policy)
         builder.wake(self._maintenance)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._store.database.is_closed
 
     @property
     def settings(self) -> IndexSettings:
@@ -296,7 +302,7 @@ class Collection:
         """Wait for what is running, then close. Closing twice is allowed."""
         self._builder.forget(self._maintenance)
         with self._mirror.commits.paused():
-            if not self._store.database.is_closed:
+            if not self.is_closed:
                 self._maintenance.save_unsaved()
             self._store.close()
 

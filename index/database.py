@@ -147,6 +147,16 @@ class Database:
             problems.append(str(error.__cause__))
         return problems
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def disk_bytes(self) -> int:
+        """What the file takes, with the log of its latest writes."""
+        files = (self._path, self._path.with_name(f"{self._path.name}-wal"))
+        return sum(path.stat().st_size for path in files if path.exists())
+
     def close(self) -> None:
         """Wait for what is running, then close every connection. Closing twice is allowed."""
         with self._pool_changed:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from index.errors import InvalidSettings
 
@@ -62,6 +62,11 @@ class IndexSettings:
         """The settings as JSON values, for `from_dict`."""
         return asdict(self)
 
+    def structure(self) -> dict[str, Any]:
+        """What a structure that is there cannot be changed in: everything but kind and target."""
+        values = asdict(self)
+        return {key: values[key] for key in ("hnsw_m", "ef_construction", "lists", "pq_bytes")}
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "IndexSettings":
         """The settings that `to_dict` gave; a key that is absent takes its default.
@@ -76,6 +81,21 @@ class IndexSettings:
                 f"unknown index settings {', '.join(unknown)}; known are {', '.join(known)}"
             )
         return cls(**values)
+
+
+def check_kind(kind: str) -> Kind:
+    """The kind of that name; raises `InvalidSettings` unless it is one."""
+    for known in get_args(Kind):
+        if kind == known:
+            return cast(Kind, known)
+    raise InvalidSettings(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
+
+
+def check_metric(metric: str) -> None:
+    """Raise `InvalidSettings` unless this is a `Metric`."""
+    if metric not in get_args(Metric):
+        known = ", ".join(get_args(Metric))
+        raise InvalidSettings(f"metric must be one of {known}, got {metric!r}")
 
 
 def choose_kind(settings: IndexSettings, rows: int) -> Kind:

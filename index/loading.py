@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from index.ann import Ann
 from index.cache import CachedIndex, CacheUnusable, read_cache, remove_caches
+from index.kinds import check_kind
 from index.metadata import MetadataTable
 from index.space import Space
 from index.store import Store
@@ -89,9 +90,7 @@ def load(store: Store, *, name: str) -> tuple[View, dict[str, Saved]]:
     return view, saved
 
 
-def vectors_at(
-    store: Store, name: str, space: str, numbers: Rows
-) -> Iterator[NDArray[np.float32]]:
+def vectors_at(store: Store, name: str, space: str, numbers: Rows) -> Iterator[NDArray[np.float32]]:
     """The vectors of the rows `numbers` (sorted), in blocks; zeros for those that are gone.
 
     Rows may be removed meanwhile, and written above the last of `numbers`.
@@ -137,13 +136,8 @@ def _read_cache(store: Store, name: str, space: str, live_rows: Rows) -> CachedI
 
 def _open_ann(store: Store, name: str, space: str, cached: CachedIndex) -> Ann | None:
     try:
-        ann = Ann.load(
-            cached.path,
-            cached.kind,
-            store.metric,
-            settings=store.settings,
-            effort=cached.effort,
-        )
+        kind = check_kind(cached.kind)
+        ann = Ann.load(cached.path, kind, store.metric, effort=cached.effort)
         if len(ann) != len(cached.numbers):
             raise ValueError(f"it has {len(ann)} vectors for {len(cached.numbers)} rows")
     except ValueError as error:
@@ -153,7 +147,5 @@ def _open_ann(store: Store, name: str, space: str, cached: CachedIndex) -> Ann |
 
 
 def _refuse(store: Store, name: str, space: str, reason: str) -> None:
-    _logger.warning(
-        "collection %r, space %r: building its index anew: %s", *(name, space, reason)
-    )
+    _logger.warning("collection %r, space %r: building its index anew: %s", *(name, space, reason))
     remove_caches(store.folder, space)

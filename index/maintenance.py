@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from index.ann import EFFORTS, Ann
+from index.ann import Ann
 from index.cache import read_cache, write_cache
 from index.errors import StoreFailed
-from index.kinds import Kind, choose_kind
+from index.kinds import Kind, choose_kind, is_trained, training_rows
 from index.loading import Saved, described, vectors_at
 from index.mirror import Mirror
 from index.recall import recall, take_sample
@@ -19,7 +19,6 @@ from index.view import Rows, View, prepared
 
 _logger = logging.getLogger(__name__)
 _ROWS_AT_ONCE = 2048
-_SAMPLE_ROWS = 65_536
 _PROGRESS_S = 10.0
 _SAVE_AGAIN_S = 60.0
 
@@ -65,6 +64,10 @@ class Maintenance:
     def force_rebuild(self) -> None:
         """Build every index anew from the store."""
         self._is_forced = True
+
+    def force_tuning(self) -> None:
+        """Measure recall, and set the effort of a search by it, whether rows were added or not."""
+        self._tuned_rows.clear()
 
     def stop(self) -> None:
         """Let the running step end soon, and let no further one begin."""
@@ -121,9 +124,9 @@ class Maintenance:
             if space.ann is None:
                 if kind == "mapped":
                     return True
-            elif space.ann.kind != kind:
-                return True
-            elif not space.ann.can_add and is_much(space.rows - space.built):
+            elif space.ann.kind != kind or (
+                not space.ann.can_add and is_much(space.rows - space.built)
+            ):
                 return True
         return False
 
@@ -162,22 +165,26 @@ class Maintenance:
         _logger.info("collection %r: built in %.1f s", mirror.name, time.monotonic() - started)
 
     def _absorb(self, name: str, kind: Kind) -> Iterator[None]:
-        """Put what is in blocks into the structure, a little at a time; make one if there is none."""
+        """Put what is in blocks into the structure, a little at a time; make it if it is not there."""
         mirror = self._mirror
         space = mirror.view.spaces[name]
         if space.ann is None:
             view = mirror.view
             numbers = view.numbers[: view.count][view.live[: view.count]]
             ann = self._train(name, kind, numbers)
-            mirror.change_space(name, lambda present: present.with_built(ann, 0))
+            mirror.put_built(name, ann, 0)
             yield
         told = time.monotonic()
         while (space := mirror.view.spaces[name]).built < space.rows and space.ann is not None:
             ann = space.ann
             _, vectors = next(space.unbuilt())
-            ann.add(vectors[:_ROWS_AT_ONCE], should_stop=self._should_stop)
+            try:
+                ann.add(vectors[:_ROWS_AT_ONCE], should_stop=self._should_stop)
+            except BaseException:
+                mirror.reload()  # the structure may be half changed, and answers meanwhile
+                raise
             built = len(ann)
-            mirror.change_space(name, lambda present: present.with_built(ann, built))
+            mirror.put_built(name, ann, built)
             if time.monotonic() > told + _PROGRESS_S:
                 told = time.monotonic()
                 _logger.info(
@@ -198,7 +205,7 @@ class Maintenance:
         yield
         if sample is None:
             return
-        for effort in EFFORTS:
+        for effort in space.ann.efforts:
             space.ann.effort = effort
             measured = recall(mirror, view, name, sample)
             yield
@@ -215,17 +222,18 @@ class Maintenance:
 
     def _train(self, name: str, kind: Kind, numbers: Rows) -> Ann:
         mirror = self._mirror
-        chosen = numbers
-        if len(numbers) > _SAMPLE_ROWS:
-            random = np.random.default_rng(0)
-            chosen = np.sort(random.choice(numbers, _SAMPLE_ROWS, replace=False))
-        _, vectors = mirror.store.vectors_of(name, chosen)
+        sample = None
+        if is_trained(kind):
+            rows = training_rows(mirror.settings, len(numbers))
+            chosen = np.random.default_rng(0).choice(numbers, rows, replace=False)
+            _, vectors = mirror.store.vectors_of(name, np.sort(chosen))
+            sample = prepared(vectors, mirror.store.metric)
         return Ann.train(
             kind,
             mirror.store.spaces[name],
             mirror.store.metric,
             mirror.settings,
-            sample=prepared(vectors, mirror.store.metric),
+            sample,
             expected_rows=len(numbers),
         )
 
@@ -234,13 +242,7 @@ class Maintenance:
         cached = read_cache(store.folder, name, described=described(store, name))
         if cached is None:
             raise StoreFailed(f"{store.folder}: the index that was just saved has gone")
-        return Ann.load(
-            cached.path,
-            "mapped",
-            store.metric,
-            settings=self._mirror.settings,
-            effort=cached.effort,
-        )
+        return Ann.load(cached.path, "mapped", store.metric, effort=cached.effort)
 
     def _save(self, name: str) -> None:
         mirror = self._mirror

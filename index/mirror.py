@@ -2,12 +2,13 @@
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from index import loading
+from index.ann import Ann
 from index.columns import Column, sqlite_path
 from index.commits import GroupCommit
 from index.errors import StoreDamaged
@@ -68,10 +69,11 @@ class Mirror:
             self.view, self.saved = loading.load(self.store, name=self.name)
             self._is_lost = False
 
-    def change_space(self, name: str, change: Callable[[Space], Space]) -> None:
-        """Put other structures with the same vectors in place of a space's present ones."""
+    def put_built(self, name: str, ann: Ann, built: int) -> None:
+        """Let a space be searched through `ann`, which has its first `built` rows."""
         with self._changing:
-            self.view = self.view.with_space(name, change(self.view.spaces[name]))
+            space = self.view.spaces[name].with_built(ann, built)
+            self.view = self.view.with_space(name, space)
 
     def replace_all(self, numbers: Rows, spaces: Mapping[str, Space]) -> None:
         """Put structures built from the store, of the rows `numbers`, in place of all present ones.
@@ -226,5 +228,7 @@ def _scores(
     query: NDArray[np.float32], vectors: NDArray[np.float32], metric: str
 ) -> NDArray[np.float32]:
     if metric == "l2":
-        return -np.square(vectors - query).sum(axis=1)
-    return vectors @ query
+        distances: NDArray[np.float32] = np.square(vectors - query).sum(axis=1)
+        return -distances
+    products: NDArray[np.float32] = vectors @ query
+    return products

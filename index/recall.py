@@ -7,10 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.ann import search_block
-from index.kinds import Metric
 from index.loading import vectors_at
 from index.mirror import Mirror
-from index.view import Rows, View
+from index.view import Rows, View, prepared
 
 K = 10
 QUERIES = 100
@@ -38,7 +37,7 @@ def take_sample(
         return None
     chosen = np.random.default_rng(0).choice(live, min(QUERIES, len(live)), replace=False)
     rows, queries = mirror.store.vectors_of(space, np.sort(chosen))
-    queries = mirror.prepared(queries)
+    queries = prepared(queries, metric)
     scores = np.empty((len(rows), 0), np.float32)
     found = np.empty((len(rows), 0), np.int64)
     done = 0
@@ -49,7 +48,8 @@ def take_sample(
         scores = np.concatenate([scores, own[0]], axis=1)
         found = np.concatenate([found, live[done + own[1]]], axis=1)
         best = np.argsort(-scores, axis=1, kind="stable")[:, : K + 1]
-        scores, found = (np.take_along_axis(each, best, axis=1) for each in (scores, found))
+        scores = np.take_along_axis(scores, best, axis=1)
+        found = np.take_along_axis(found, best, axis=1)
         done += len(vectors)
     nearest = [set(each.tolist()) - {row} for row, each in zip(rows.tolist(), found, strict=True)]
     return Sample(rows, queries, nearest)
@@ -61,9 +61,7 @@ def recall(mirror: Mirror, view: View, space: str, sample: Sample) -> float | No
     if results is None:
         return None
     found = wanted = 0
-    for row, nearest, (_, rows) in zip(
-        sample.rows.tolist(), sample.nearest, results, strict=True
-    ):
+    for row, nearest, (_, rows) in zip(sample.rows.tolist(), sample.nearest, results, strict=True):
         found += len(nearest & (set(rows.tolist()) - {row}))
         wanted += len(nearest)
     return found / max(wanted, 1)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from index.errors import InvalidName, InvalidRecord, InvalidVector
+from index.kinds import Metric
 
 MAX_ID_CHARACTERS = 512
 MAX_DIMENSION = 65_536
@@ -58,7 +59,7 @@ class Page:
 
 @dataclass(frozen=True)
 class Match:
-    """A search hit. `score` is the cosine similarity, in [-1, 1] up to rounding."""
+    """A search hit; see `Collection.search` for what `score` is."""
 
     id: str
     score: float
@@ -91,7 +92,9 @@ class CheckedRecord:
     thumbnail: bytes | None
 
 
-def check_record(record: NewRecord, spaces: Mapping[str, int]) -> CheckedRecord:
+def check_record(
+    record: NewRecord, spaces: Mapping[str, int], metric: Metric = "cosine"
+) -> CheckedRecord:
     """Check one record against its collection's spaces (name -> dimension) and copy its vectors.
 
     Raises:
@@ -123,6 +126,7 @@ def check_record(record: NewRecord, spaces: Mapping[str, int]) -> CheckedRecord:
             space: check_vector(
                 record.vectors[space],
                 dimension,
+                metric,
                 described=f"record {_shorten(record.id)}, space {space!r}",
             )
             for space, dimension in spaces.items()
@@ -131,18 +135,23 @@ def check_record(record: NewRecord, spaces: Mapping[str, int]) -> CheckedRecord:
     )
 
 
-def check_vector(vector: ArrayLike, dimension: int, *, described: str) -> NDArray[np.float32]:
+def check_vector(
+    vector: ArrayLike, dimension: int, metric: Metric = "cosine", *, described: str
+) -> NDArray[np.float32]:
     """Copy a vector [dimension] to contiguous float32.
 
     Raises:
-        InvalidVector: not numbers, another shape, a NaN or infinity, or all zeros.
+        InvalidVector: not numbers, another shape, a NaN or infinity; or all zeros, of which the
+            cosine is not defined.
     """
-    return _check_numbers(vector, (dimension,), described=described)
+    return _check_numbers(vector, (dimension,), metric, described=described)
 
 
-def check_queries(vectors: ArrayLike, dimension: int, *, described: str) -> NDArray[np.float32]:
+def check_queries(
+    vectors: ArrayLike, dimension: int, metric: Metric = "cosine", *, described: str
+) -> NDArray[np.float32]:
     """Copy query vectors [n, dimension] to contiguous float32; raises `InvalidVector` likewise."""
-    return _check_numbers(vectors, (None, dimension), described=described)
+    return _check_numbers(vectors, (None, dimension), metric, described=described)
 
 
 def check_name(name: str) -> None:
@@ -212,7 +221,7 @@ def normalise(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _check_numbers(
-    values: ArrayLike, shape: tuple[int | None, ...], *, described: str
+    values: ArrayLike, shape: tuple[int | None, ...], metric: Metric, *, described: str
 ) -> NDArray[np.float32]:
     try:
         given = np.asarray(values)
@@ -231,10 +240,10 @@ def _check_numbers(
     with np.errstate(over="ignore"):
         copied = np.array(given, dtype=np.float32, order="C")
     rows = np.atleast_2d(copied)
-    for bad, reason in (
-        (~np.isfinite(rows).all(axis=1), "expected finite numbers, got NaN or infinity"),
-        (~rows.any(axis=1), "expected a vector with a direction, got all zeros"),
-    ):
+    faults = [(~np.isfinite(rows).all(axis=1), "expected finite numbers, got NaN or infinity")]
+    if metric == "cosine":
+        faults.append((~rows.any(axis=1), "expected a vector with a direction, got all zeros"))
+    for bad, reason in faults:
         if bad.any():
             where = f", row {int(bad.argmax())}" if copied.ndim == 2 else ""
             raise InvalidVector(f"{described}{where}: {reason}")

@@ -3,7 +3,9 @@
 import sqlite3
 
 SCHEMA_VERSION = 2
-PAGE_BYTES = 8192  # five vectors of 384 dimensions; SQLite's own 4096 holds two and wastes a quarter
+PAGE_BYTES = (
+    8192  # five vectors of 384 dimensions; SQLite's own 4096 holds two and wastes a quarter
+)
 
 # One counter gives out every number: a record's key (the order of first insertion) and its row (the
 # order in which vectors were written; a record whose vectors change takes a new one). None is ever
@@ -17,7 +19,8 @@ STATEMENTS = (
     "number INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, dimension INTEGER NOT NULL)",
     "CREATE TABLE records ("
     "key INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, row INTEGER NOT NULL, "
-    "metadata TEXT NOT NULL, content_hash TEXT, created_at REAL NOT NULL, updated_at REAL NOT NULL)",
+    "metadata TEXT NOT NULL, content_hash TEXT, "
+    "created_at REAL NOT NULL, updated_at REAL NOT NULL)",
     "CREATE UNIQUE INDEX records_row ON records (row)",
     "CREATE INDEX records_content_hash ON records (content_hash) WHERE content_hash IS NOT NULL",
     "CREATE TABLE thumbnails ("
@@ -32,9 +35,7 @@ def vectors_table(number: int) -> str:
 
 def create_vectors_table(number: int) -> str:
     """The statement that makes it."""
-    return (
-        f"CREATE TABLE {vectors_table(number)} (row INTEGER PRIMARY KEY, vector BLOB NOT NULL)"
-    )
+    return f"CREATE TABLE {vectors_table(number)} (row INTEGER PRIMARY KEY, vector BLOB NOT NULL)"
 
 
 def set_version(connection: sqlite3.Connection) -> None:

@@ -1,4 +1,4 @@
-"""One space's vectors in memory: an approximate structure, and exact blocks of what it lacks yet."""
+"""One space's vectors in memory: a structure, and exact blocks of what it lacks yet."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -8,12 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.ann import Ann, search_block
+from index.effort import candidates
 from index.kinds import Metric
 
 BLOCK_ROWS = 16_384
-# Codes rank roughly: so many times k are fetched, to be ranked again by the vectors themselves.
-RERANKED = 8
-_RERANKED_WHOLE = 2048  # so few that a filter lets through need no codes to choose among them
 
 Floats = NDArray[np.float32]
 Positions = NDArray[np.int64]
@@ -78,6 +76,11 @@ class Space:
             if start < end:
                 yield start, block[start - first : end - first]
 
+    def unbuilt_from(self, position: int) -> Iterator[Floats]:
+        """The vectors from `position` on, which `ann` lacks."""
+        for first, vectors in self.unbuilt():
+            yield vectors[max(0, position - first) :]
+
     def search(self, queries: Floats, k: int, *, allowed: Mask | None) -> list[Found]:
         """At least the k best of each query [n, dimension], as far as there are k, in parts.
 
@@ -103,34 +106,11 @@ class Space:
         return blocks + (0 if self.ann is None else self.ann.memory_bytes)
 
     def _search_ann(self, ann: Ann, queries: Floats, k: int, allowed: Mask | None) -> Found:
-        present = self.built if allowed is None else int(np.count_nonzero(allowed))
-        if not present:
-            nothing = np.empty((len(queries), 0))
-            return Found(nothing.astype(np.float32), nothing.astype(np.int64), is_exact=True)
-        if not ann.holds_vectors:
-            return self._search_codes(ann, queries, k, allowed, present)
-        if allowed is not None and ann.exact_is_cheaper(present):
-            return Found(*ann.search_rows(queries, np.flatnonzero(allowed), k), is_exact=True)
-        scores, positions = ann.search(queries, k, allowed=allowed)
-        # A graph may lose its way to some that a filter lets through; those few are looked at all.
-        if allowed is not None and (positions >= 0).sum(axis=1).min() < min(k, present):
-            scores, positions = ann.search_rows(queries, np.flatnonzero(allowed), k)
+        wanted = candidates(ann.kind, k)
+        scores, positions = ann.search(queries, wanted, allowed=allowed)
         # While this search ran, the structure may have been given rows that blocks have here.
         positions = np.where(positions < self.built, positions, -1)
-        return Found(scores, positions, is_exact=True)
-
-    def _search_codes(
-        self, ann: Ann, queries: Floats, k: int, allowed: Mask | None, present: int
-    ) -> Found:
-        if allowed is not None and present <= max(_RERANKED_WHOLE, RERANKED * k):
-            every = np.tile(np.flatnonzero(allowed), (len(queries), 1))
-            return Found(np.zeros(every.shape, np.float32), every, is_exact=False)
-        scores, positions = ann.search(queries, RERANKED * k, allowed=allowed)
-        if (positions >= 0).sum(axis=1).min() < min(k, present):
-            scores, positions = ann.search(
-                queries, RERANKED * k, allowed=allowed, effort=ann.most_effort
-            )
-        return Found(scores, np.where(positions < self.built, positions, -1), is_exact=False)
+        return Found(scores, positions, is_exact=ann.holds_vectors)
 
     def _search_block(
         self, queries: Floats, k: int, first: int, vectors: Floats, allowed: Mask | None

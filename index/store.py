@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from index import schema
 from index.database import Database
-from index.kinds import IndexSettings, InvalidSettings, Metric, check_metric
+from index.errors import InvalidSettings
+from index.kinds import IndexSettings, Metric, check_metric
 from index.records import Record, check_model, check_spaces, is_possible_id
 from index.schema import vectors_table
 

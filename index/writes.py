@@ -51,9 +51,7 @@ def upsert(
     batch.load("id", [record.id for record in records])
     if on_duplicate != "add":
         batch.load("content_hash", [r.content_hash for r in records if r.content_hash is not None])
-    outcomes = [
-        batch.put(record, replace=replace, on_duplicate=on_duplicate) for record in records
-    ]
+    outcomes = [batch.put(record, replace=replace, on_duplicate=on_duplicate) for record in records]
     return outcomes, batch.write()
 
 

@@ -13,7 +13,7 @@ from starlette.routing import Match, Mount
 from starlette.types import Scope
 
 from backbone.pretrained import load_model
-from index.collection import CollectionSet
+from index.collection_set import CollectionSet
 from service.encoder import Encoder, TorchEncoder
 from service.errors import add_error_handlers
 from service.images import Limits, quiet_decoders

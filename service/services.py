@@ -5,7 +5,8 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
-from index.collection import Collection, CollectionSet
+from index.collection import Collection
+from index.collection_set import CollectionSet
 from index.errors import ModelMismatch
 from service.errors import RequestError
 from service.settings import Settings

@@ -4,7 +4,7 @@ import itertools
 import sys
 from pathlib import Path
 
-from index.collection import CollectionSet
+from index.collection_set import CollectionSet
 from tests.index.helpers import create, record
 
 

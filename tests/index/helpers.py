@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from index.collection import Collection, CollectionSet, NewRecord
+from index.collection import Collection, NewRecord
+from index.collection_set import CollectionSet
 
 REPOSITORY = Path(__file__).parents[2]
 SPACES = {"cls": 4, "copy": 6}

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from index.ann import FlatIndex
-from index.collection import Collection, CollectionSet, NewRecord
+from index.collection import Collection, NewRecord
+from index.collection_set import CollectionSet
 from index.errors import (
     CollectionNotFound,
     InvalidRecord,

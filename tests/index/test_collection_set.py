@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from index.collection import CollectionSet
+from index.collection_set import CollectionSet
 from index.errors import (
     CollectionExists,
     CollectionNotFound,

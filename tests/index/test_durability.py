@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from index.collection import Collection, CollectionSet
+from index.collection import Collection
+from index.collection_set import CollectionSet
 from index.errors import StoreFailed
 from index.store import FILE_NAME
 from tests.index.helpers import REPOSITORY, create, fill, record, vectors

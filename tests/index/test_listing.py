@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from index.collection import Collection, CollectionSet
+from index.collection import Collection
+from index.collection_set import CollectionSet
 from index.errors import InvalidCursor, RecordNotFound
 from tests.index.helpers import create, fill, record
 

@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from index.collection import CollectionSet, NewRecord
+from index.collection import NewRecord
+from index.collection_set import CollectionSet
 from index.errors import RecordNotFound
 from tests.index.helpers import MODEL, cosines
 
