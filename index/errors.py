@@ -7,6 +7,7 @@
     ├── InvalidRecord
     ├── InvalidVector
     ├── InvalidCursor
+    ├── InvalidFilter
     ├── RecordNotFound
     ├── ModelMismatch
     ├── StoreInUse
@@ -44,6 +45,10 @@ class InvalidVector(CollectionError):
 
 class InvalidCursor(CollectionError):
     """A scroll cursor that this program did not give out."""
+
+
+class InvalidFilter(CollectionError):
+    """A filter that cannot be understood; the message names the place in it (`filter.must[2]`)."""
 
 
 class RecordNotFound(CollectionError):
