@@ -19,7 +19,13 @@ from numpy.typing import ArrayLike
 from index import writes
 from index.builder import Builder
 from index.checking import check
-from index.errors import InvalidCursor, InvalidVector, ModelMismatch, RecordNotFound
+from index.errors import (
+    InvalidCursor,
+    InvalidFilter,
+    InvalidVector,
+    ModelMismatch,
+    RecordNotFound,
+)
 from index.filters import parse_filter
 from index.kinds import IndexSettings
 from index.maintenance import BuildPolicy, Maintenance
@@ -134,11 +140,16 @@ class Collection:
     def delete_where(self, filter: Filter) -> int:  # noqa: A002
         """Delete the records that pass a filter, all or none; how many there were.
 
-        A filter without conditions deletes everything.
+        Raises:
+            InvalidFilter: also for a filter without conditions, which would delete everything.
         """
         chosen = parse_filter(filter)
-        if chosen is not None:
-            self._mirror.select(chosen)  # reads metadata now, before others have to wait for it
+        if chosen is None:
+            raise InvalidFilter(
+                "filter: has no condition, so all records would be deleted; delete the collection, "
+                "or name what is to go"
+            )
+        self._mirror.select(chosen)  # reads metadata now, before others have to wait for it
         deleted = self._mirror.commits.run(
             lambda connection: writes.delete_rows(
                 self._store, connection, self._mirror.matching_rows(chosen).tolist()

@@ -8,6 +8,7 @@
     ├── InvalidVector
     ├── InvalidCursor
     ├── InvalidSettings
+    ├── InvalidFilter
     ├── RecordNotFound
     ├── ModelMismatch
     ├── StoreInUse
@@ -51,6 +52,10 @@ class InvalidCursor(CollectionError):
 
 class InvalidSettings(CollectionError):
     """Settings of an index that do not fit: an unknown key, a value out of its range."""
+
+
+class InvalidFilter(CollectionError):
+    """A filter that cannot be understood; the message names the place in it (`filter.must[2]`)."""
 
 
 class RecordNotFound(CollectionError):

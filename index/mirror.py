@@ -220,7 +220,10 @@ class Mirror:
                 for position, (_, text) in zip(at, block, strict=True):
                     texts[position] = text
             columns[key] = Column(key)
-            columns[key].extend_json(texts)
+            try:
+                columns[key].extend_json(texts)
+            except ValueError as error:
+                raise self.store.database.damage("a record's metadata is garbled") from error
         view.table.add(columns)
 
 
