@@ -44,7 +44,7 @@ from index.records import (
     check_vector,
 )
 from index.statistics import Stats, gather_stats
-from index.store import Store
+from index.store import Store, count_records
 from index.writes import NOTHING
 
 __all__ = ["Collection", "Match", "NewRecord", "Page", "Record", "UpsertOutcome"]
@@ -305,9 +305,10 @@ class Collection:
         """
         return check(self._mirror)
 
-    def back_up(self, path: Path) -> None:
-        """Write a copy of the records as of now to a new file, while writes go on."""
+    def back_up(self, path: Path) -> int:
+        """Write a copy of the records as of now to a new file, while writes go on; how many."""
         self._store.database.backup(path)
+        return count_records(path)
 
     def close(self) -> None:
         """Wait for what is running, then close. Closing twice is allowed."""
@@ -316,6 +317,7 @@ class Collection:
             if not self.is_closed:
                 self._maintenance.save_unsaved()
             self._store.close()
+            self._mirror.forget()
 
     def _write(
         self,

@@ -4,7 +4,7 @@ import logging
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from index.builder import Builder
 from index.collection import Collection
@@ -154,8 +154,16 @@ class CollectionSet:
             CollectionNotFound, StoreDamaged, StoreFailed.
         """
         collection = self.get(name)
-        described = {"model": collection.model, "spaces": collection.spaces}
-        return self._snapshots.create(name, copy=collection.back_up, described=described)
+        described: dict[str, Any] = {
+            "model": collection.model,
+            "spaces": collection.spaces,
+            "metric": collection.metric,
+        }
+
+        def copy(path: Path) -> None:
+            described["count"] = collection.back_up(path)
+
+        return self._snapshots.create(name, copy=copy, described=described)
 
     def snapshots(self, name: str) -> list[Snapshot]:
         """A collection's snapshots, oldest first. It may have been deleted since."""

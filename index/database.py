@@ -59,7 +59,7 @@ class Database:
         """One transaction: on disk when the block has ended, undone when it raises."""
         with self._write_lock, self._translated():
             if self._closed:
-                raise self._gone()
+                raise self.gone()
             self._writer.execute("BEGIN IMMEDIATE")
             try:
                 yield self._writer
@@ -180,7 +180,7 @@ class Database:
     def _borrow(self) -> sqlite3.Connection:
         with self._pool_changed:
             if self._closed:
-                raise self._gone()
+                raise self.gone()
             connection = self._idle.pop() if self._idle else _connect(self._path, read_only=True)
             self._borrowed += 1
             return connection
@@ -194,7 +194,8 @@ class Database:
                 connection.close()
             self._pool_changed.notify_all()
 
-    def _gone(self) -> CollectionNotFound:
+    def gone(self) -> CollectionNotFound:
+        """The error to raise once this is closed."""
         return CollectionNotFound(f"{self._described} has been closed or deleted")
 
     @contextmanager

@@ -67,7 +67,7 @@ class Maintenance:
 
     def force_tuning(self) -> None:
         """Measure recall, and set the effort of a search by it, whether rows were added or not."""
-        self._tuned_rows.clear()
+        self._tuned_rows = dict.fromkeys(self._tuned_rows, 0)
 
     def stop(self) -> None:
         """Let the running step end soon, and let no further one begin."""
@@ -158,7 +158,7 @@ class Maintenance:
                 space = replace(space, rows=len(numbers), ann=ann, built=len(numbers))
             spaces[name] = space
         mirror.replace_all(numbers, spaces)
-        self._tuned_rows.clear()
+        self._tuned_rows = dict.fromkeys(spaces, 0)
         if kind != "mapped":
             for name, saved in mirror.saved.items():  # what is on disk is of use until the next
                 mirror.saved[name] = replace(saved, rows=0)
@@ -196,28 +196,30 @@ class Maintenance:
     def _tune(self, name: str) -> Iterator[None]:
         """Choose the least effort of a search that finds the part of neighbours asked for."""
         mirror, view = self._mirror, self._mirror.view
-        space = view.spaces[name]
-        if space.ann is None or view.count < self._tuned_rows.get(name, 0) * (
-            1 + self._policy.tune_share
-        ):
+        ann, tuned = view.spaces[name].ann, self._tuned_rows.get(name)
+        if ann is None or (tuned and view.count < tuned * (1 + self._policy.tune_share)):
             return
         sample = take_sample(mirror, view, name, should_stop=self._should_stop)
         yield
         if sample is None:
             return
-        for effort in space.ann.efforts:
-            space.ann.effort = effort
-            measured = recall(mirror, view, name, sample)
+        # An index that was saved knows its effort; it is only looked whether that still does.
+        is_known = tuned is None and name in mirror.saved
+        measured = 0.0
+        for effort in [ann.effort] * is_known + list(ann.efforts):
+            found = recall(mirror, view, name, sample, effort=effort)
             yield
-            if measured is None:
+            if found is None:
                 return
-            self.recall[name] = measured
+            measured = found
             if measured >= mirror.settings.target_recall:
                 break
+        ann.effort = effort
+        self.recall[name] = measured
         self._tuned_rows[name] = max(view.count, 1)
         _logger.info(
             "collection %r, space %r: recall@10 %.4f at effort %d",
-            *(mirror.name, name, self.recall[name], space.ann.effort),
+            *(mirror.name, name, measured, effort),
         )
 
     def _train(self, name: str, kind: Kind, numbers: Rows) -> Ann:

@@ -54,6 +54,7 @@ class Mirror:
                 self.view = view
         except Exception:
             _logger.exception("collection %r: reading its rows anew", self.name)
+            self.lose_track()
             self.reload()
         except BaseException:  # an interrupt: leave now, and read when next needed
             self.lose_track()
@@ -86,8 +87,15 @@ class Mirror:
             numbers, spaces = self.view.taken_over(numbers, spaces)
             self.view = self.view.rearranged(numbers, spaces)
 
+    def forget(self) -> None:
+        """Let the memory go, after the store was closed."""
+        with self._changing:
+            self.view = View.empty(self.store.spaces, self.store.metric)
+
     def current(self) -> View:
         """The view, read anew where an interrupt has left it behind."""
+        if self.store.database.is_closed:
+            raise self.store.database.gone()
         if self._is_lost:
             self.reload()
         return self.view
@@ -140,13 +148,23 @@ class Mirror:
         return matches
 
     def nearest(
-        self, view: View, space: str, queries: NDArray[np.float32], k: int, allowed: Mask | None
+        self,
+        view: View,
+        space: str,
+        queries: NDArray[np.float32],
+        k: int,
+        allowed: Mask | None,
+        *,
+        effort: int | None = None,
     ) -> list[tuple[NDArray[np.float32], Rows]] | None:
-        """(scores, rows) for each query, best first; None where the store lacks a vector now."""
+        """(scores, rows) for each query, best first; None where the store lacks a vector now.
+
+        `effort` stands in place of the one that the space's structure is set to.
+        """
         own = view.spaces[space]
         queries = prepared(queries, own.metric)
         parts = []
-        for part in own.search(queries, k, allowed=allowed):
+        for part in own.search(queries, k, allowed=allowed, effort=effort):
             if not part.is_exact:
                 again = self._rescored(view, space, queries, part)
                 if again is None:

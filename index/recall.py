@@ -55,9 +55,10 @@ def take_sample(
     return Sample(rows, queries, nearest)
 
 
-def recall(mirror: Mirror, view: View, space: str, sample: Sample) -> float | None:
+def recall(mirror: Mirror, view: View, space: str, sample: Sample, *, effort: int) -> float | None:
     """The part of the sample's true neighbours that a search finds; None if rows went meanwhile."""
-    results = mirror.nearest(view, space, sample.queries, K + 1, view.allowed(None))
+    allowed = view.allowed(None)
+    results = mirror.nearest(view, space, sample.queries, K + 1, allowed, effort=effort)
     if results is None:
         return None
     found = wanted = 0

@@ -81,18 +81,21 @@ class Space:
         for first, vectors in self.unbuilt():
             yield vectors[max(0, position - first) :]
 
-    def search(self, queries: Floats, k: int, *, allowed: Mask | None) -> list[Found]:
+    def search(
+        self, queries: Floats, k: int, *, allowed: Mask | None, effort: int | None = None
+    ) -> list[Found]:
         """At least the k best of each query [n, dimension], as far as there are k, in parts.
 
         Of rows in blocks that score as well as the k-th of their block none is left out.
 
         Args:
             allowed: which positions count, at least `rows` of them; all without it.
+            effort: in place of the one that `ann` is set to.
         """
         found = []
         if self.ann is not None and self.built:
             own = None if allowed is None else allowed[: self.built]
-            found.append(self._search_ann(self.ann, queries, k, own))
+            found.append(self._search_ann(self.ann, queries, k, own, effort))
         for first, vectors in self.unbuilt():
             own = None if allowed is None else allowed[first : first + len(vectors)]
             if own is None or own.any():
@@ -105,9 +108,11 @@ class Space:
         blocks = sum(block.nbytes for _, block in self.blocks)
         return blocks + (0 if self.ann is None else self.ann.memory_bytes)
 
-    def _search_ann(self, ann: Ann, queries: Floats, k: int, allowed: Mask | None) -> Found:
+    def _search_ann(
+        self, ann: Ann, queries: Floats, k: int, allowed: Mask | None, effort: int | None
+    ) -> Found:
         wanted = candidates(ann.kind, k)
-        scores, positions = ann.search(queries, wanted, allowed=allowed)
+        scores, positions = ann.search(queries, wanted, allowed=allowed, effort=effort)
         # While this search ran, the structure may have been given rows that blocks have here.
         positions = np.where(positions < self.built, positions, -1)
         return Found(scores, positions, is_exact=ann.holds_vectors)

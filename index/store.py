@@ -5,6 +5,7 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Generator, Iterable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,7 @@ class Store:
             found = connection.execute(
                 f"SELECT vector FROM {vectors_table(self._numbers[space])} WHERE row = ?", (row,)
             ).fetchone()
-            if found is None or len(found[0]) != 4 * dimension:
+            if found is None or len(found[0] or b"") != 4 * dimension:
                 raise self.database.damage(f"a record lacks its vector in space {space!r}")
             # Little-endian on disk; the copy makes it native and writable.
             vectors[space] = np.frombuffer(found[0], dtype="<f4").astype(np.float32)
@@ -253,7 +254,8 @@ class Store:
         self, found: list[tuple[int, bytes]], space: str, dimension: int
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         blobs = [blob for _, blob in found]
-        if any(len(blob) != 4 * dimension for blob in blobs):
+        # A page that is cut off gives NULL even where the table allows none.
+        if any(not isinstance(blob, bytes) or len(blob) != 4 * dimension for blob in blobs):
             raise self.database.damage(f"a vector of space {space!r} has a wrong length")
         flat = np.frombuffer(b"".join(blobs), dtype="<f4").astype(np.float32)
         vectors = flat.reshape(len(blobs), dimension)
@@ -286,6 +288,12 @@ class Store:
         if not isinstance(metadata, dict):
             raise self.database.damage("a record's metadata is garbled")
         return metadata
+
+
+def count_records(path: Path) -> int:
+    """How many records a copy of a collection's file holds, which nobody has open."""
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?immutable=1", uri=True)) as copy:
+        return int(copy.execute("SELECT count(*) FROM records").fetchone()[0])
 
 
 def rows_of(connection: sqlite3.Connection, ids: Iterable[str]) -> list[int]:

@@ -7,6 +7,7 @@ from typing import Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from index.kinds import Metric
 from index.metadata import MetadataTable
 from index.records import normalise
 from index.space import Mask, Positions, Space
@@ -36,6 +37,18 @@ class View:
     dead: int
     spaces: Mapping[str, Space]
     table: MetadataTable
+
+    @classmethod
+    def empty(cls, spaces: Mapping[str, int], metric: Metric) -> Self:
+        """No rows, in spaces of these dimensions."""
+        return cls(
+            numbers=np.empty(0, np.int64),
+            live=np.empty(0, np.bool_),
+            count=0,
+            dead=0,
+            spaces={name: Space(dimension=d, metric=metric) for name, d in spaces.items()},
+            table=MetadataTable(),
+        )
 
     def after(self, changes: Changes) -> Self:
         """What stands after a commit. Only the thread that follows commits calls this."""

@@ -1,13 +1,12 @@
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from index.ann import FlatIndex
+from index import loading, writes
 from index.collection import Collection, NewRecord
 from index.collection_set import CollectionSet
 from index.errors import (
@@ -16,7 +15,8 @@ from index.errors import (
     InvalidVector,
     RecordNotFound,
 )
-from index.store import Store
+from index.view import View
+from index.writes import Changes
 from tests.index.helpers import MODEL, SPACES, cosines, create, fill, outcomes, record, vectors
 
 
@@ -77,15 +77,15 @@ def test_a_failed_transaction_leaves_nothing(
     collection: Collection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(collection, 3)
-    write, written = Store._write_vectors, list[int]()
+    write, written = writes._vector_rows, list[int]()
 
-    def fail_at_the_second(self: Store, *arguments: Any) -> None:
+    def fail_at_the_second(*arguments: Any) -> Any:
         written.append(1)
         if len(written) == 2:
             raise MemoryError
-        write(self, *arguments)
+        return write(*arguments)
 
-    monkeypatch.setattr(Store, "_write_vectors", fail_at_the_second)
+    monkeypatch.setattr(writes, "_vector_rows", fail_at_the_second)
     with pytest.raises(MemoryError):
         collection.upsert([record("x", 7), record("y", 8)])
     assert collection.count() == len(collection.scroll(limit=10).records) == 3
@@ -248,13 +248,15 @@ def test_search_cuts_and_excludes(collection: Collection) -> None:
     assert collection.search_batch(np.empty((0, 4)), 3) == []
 
 
-def test_ties_are_oldest_first_also_after_an_update(collection: Collection) -> None:
+def test_of_equal_scores_the_vector_that_was_written_first_comes_first(
+    collection: Collection,
+) -> None:
     for name in ("d", "c", "b", "a"):
         collection.upsert([NewRecord(name, vectors(5))])
     collection.upsert([record("d", 6)])
     collection.upsert([NewRecord("d", vectors(5))])
     found = collection.search(vectors(5)["cls"], k=3)
-    assert [match.id for match in found] == ["d", "c", "b"]
+    assert [match.id for match in found] == ["c", "b", "a"]
 
 
 def test_everything_is_there_after_a_restart(root: Path) -> None:
@@ -275,37 +277,38 @@ def test_everything_is_there_after_a_restart(root: Path) -> None:
         )
 
 
-def failing_once(monkeypatch: pytest.MonkeyPatch, method: str, times: int = 1) -> None:
-    real: Callable[..., None] = getattr(FlatIndex, method)
-    left = [times]
+def failing_once(monkeypatch: pytest.MonkeyPatch, owner: Any, method: str) -> None:
+    real, left = getattr(owner, method), [1]
 
-    def fail(self: FlatIndex, *arguments: Any) -> None:
+    def fail(*arguments: Any, **named: Any) -> Any:
         if left[0]:
             left[0] -= 1
             raise MemoryError("no room")
-        real(self, *arguments)
+        return real(*arguments, **named)
 
-    monkeypatch.setattr(FlatIndex, method, fail)
+    monkeypatch.setattr(owner, method, fail)
 
 
-@pytest.mark.parametrize("method", ["upsert", "remove"])
-def test_the_index_is_built_anew_where_it_could_not_follow(
-    collection: Collection, monkeypatch: pytest.MonkeyPatch, method: str
+def test_memory_is_filled_anew_where_it_could_not_follow(
+    collection: Collection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(collection, 5)
-    failing_once(monkeypatch, method)
+    failing_once(monkeypatch, View, "after")
     assert outcomes(collection, record("new", 40)) == ["created"]
+    failing_once(monkeypatch, View, "after")
     assert collection.delete(["r0"]) == 1
     found = collection.search(vectors(40)["cls"], k=10)
     assert [match.id for match in found][:1] == ["new"]
     assert sorted(match.id for match in found) == ["new", "r1", "r2", "r3", "r4"]
+    assert collection.check() == []
 
 
-def test_a_failed_rebuild_is_made_up_for_later(
+def test_a_failed_filling_is_made_up_for_later(
     collection: Collection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(collection, 5)
-    failing_once(monkeypatch, "upsert", times=2)
+    failing_once(monkeypatch, View, "after")
+    failing_once(monkeypatch, loading, "load")
     with pytest.raises(MemoryError) as raised:
         collection.upsert([record("new", 40)])
     assert collection.search(vectors(40)["cls"], k=1)[0].id == "new"  # it had been committed
@@ -321,14 +324,14 @@ def test_a_search_during_a_deletion_still_gives_k(
     query = vectors(0)["cls"]
     best = collection.search(query, k=5)
     committed, go_on = threading.Event(), threading.Event()
-    remove = FlatIndex.remove
+    after = View.after
 
-    def pausing(self: FlatIndex, keys: Any) -> None:
+    def pausing(self: View, changes: Changes) -> View:
         committed.set()
         assert go_on.wait(10)
-        remove(self, keys)
+        return after(self, changes)
 
-    monkeypatch.setattr(FlatIndex, "remove", pausing)
+    monkeypatch.setattr(View, "after", pausing)
     deleting = threading.Thread(target=collection.delete, args=([best[0].id],))
     deleting.start()
     assert committed.wait(10)
@@ -373,7 +376,7 @@ def test_threads_may_share_a_collection(collection: Collection) -> None:
 def test_closing_waits_for_readers(collection: Collection) -> None:
     fill(collection, 2)
     closing = threading.Thread(target=collection.close)
-    with collection._store._database.reading() as connection:
+    with collection._store.database.reading() as connection:
         closing.start()
         closing.join(0.1)
         assert closing.is_alive()

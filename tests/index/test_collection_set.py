@@ -148,7 +148,9 @@ def test_folders_that_are_no_collections_are_left_alone(root: Path) -> None:
 def test_one_owner_at_a_time(root: Path, collections: CollectionSet) -> None:
     with pytest.raises(StoreInUse):
         CollectionSet(root)
-    code = "import sys, pathlib, index.collection as c; c.CollectionSet(pathlib.Path(sys.argv[1]))"
+    code = (
+        "import sys, pathlib, index.collection_set as c; c.CollectionSet(pathlib.Path(sys.argv[1]))"
+    )
     other = run(root, code)
     assert other.returncode == 1
     assert "StoreInUse" in other.stderr.splitlines()[-1]
@@ -199,9 +201,9 @@ DAMAGES = [
     empty,
     Path.unlink,
     change("PRAGMA user_version = 99"),
-    change("DELETE FROM vectors_0 WHERE key = 2"),
-    change("UPDATE vectors_1 SET vector = x'00' WHERE key = 2"),
-    change("UPDATE vectors_1 SET vector = zeroblob(24) WHERE key = 2"),
+    change("DELETE FROM vectors_0 WHERE row = 2"),
+    change("UPDATE vectors_1 SET vector = x'00' WHERE row = 2"),
+    change("UPDATE vectors_1 SET vector = zeroblob(24) WHERE row = 2"),
     change("DELETE FROM collection"),
     change("DROP TABLE vectors_1"),
 ]

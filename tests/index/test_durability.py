@@ -47,15 +47,15 @@ def test_what_was_acknowledged_survives_a_kill(root: Path, lines_before_the_kill
 def test_every_commit_is_synced(root: Path, collection: Collection) -> None:
     with closing(sqlite3.connect(root / "pictures" / FILE_NAME)) as outside:
         assert outside.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-    with collection._store._database.writing() as connection:
+    with collection._store.database.writing() as connection:
         assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
 
 
 def test_a_full_disk_is_an_error_and_changes_nothing(collection: Collection) -> None:
     fill(collection, 5)
-    with collection._store._database.writing() as connection:
+    with collection._store.database.writing() as connection:
         pages = connection.execute("PRAGMA page_count").fetchone()[0]
-    writer = collection._store._database._writer
+    writer = collection._store.database._writer
     writer.execute(f"PRAGMA max_page_count = {pages}")
     with pytest.raises(StoreFailed, match=r"'pictures'.*full"):
         collection.upsert([record(f"x{number}", number) for number in range(500)])
