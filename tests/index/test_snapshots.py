@@ -90,10 +90,14 @@ def test_names_are_unique_and_the_list_is_in_their_order(
 
 
 def test_snapshots_made_at_once_are_all_there(snapshots: Snapshots) -> None:
-    threads = [
-        threading.Thread(target=take, args=(snapshots, "pictures", bytes([number])))
-        for number in range(8)
-    ]
+    def make(content: bytes) -> None:
+        def copy(path: Path) -> None:
+            time.sleep(0.01)  # long enough for another to choose the same name
+            path.write_bytes(content)
+
+        snapshots.create("pictures", copy=copy, described=DESCRIBED)
+
+    threads = [threading.Thread(target=make, args=(bytes([number]),)) for number in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
