@@ -17,7 +17,7 @@ from index.transfer import Format
 _SUFFIXES = MappingProxyType[str, tuple[Format, bool]](
     {".jsonl": ("jsonl", False), ".jsonl.gz": ("jsonl", True), ".parquet": ("parquet", False)}
 )
-_GZIP_LEVEL = 6  # Python's own default, 9, takes twice the time for 1% less
+_GZIP_LEVEL = 1  # digits hardly repeat: higher levels take 2 to 18 times as long for 4% less
 
 
 @contextmanager
@@ -37,10 +37,11 @@ def writing_export(path: Path) -> Iterator[tuple[BinaryIO, Format]]:
     try:
         with unfinished.open("wb") as file:
             if is_packed:
-                with gzip.GzipFile("", "wb", _GZIP_LEVEL, file) as packed:
-                    buffered = io.BufferedWriter(packed)
+                with (
+                    gzip.GzipFile("", "wb", _GZIP_LEVEL, file) as packed,
+                    io.BufferedWriter(packed) as buffered,
+                ):
                     yield buffered, format
-                    buffered.flush()
             else:
                 yield file, format
             file.flush()
