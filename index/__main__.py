@@ -1,17 +1,26 @@
 """Look after a folder of collections while no service has it.
 
     python -m index list FOLDER
-    python -m index export FOLDER NAME FILE       FILE ends in .jsonl, .jsonl.gz or .parquet
+    python -m index stats FOLDER NAME
+    python -m index check FOLDER [NAME]           status 1 when there is a fault
+    python -m index rebuild FOLDER NAME
+    python -m index snapshot FOLDER NAME
+    python -m index snapshots FOLDER NAME
+    python -m index restore FOLDER NAME SNAPSHOT
+    python -m index export FOLDER NAME FILE [--filter JSON]
     python -m index import FOLDER NAME FILE [--new]
 
-With --json, what is printed is one JSON value. The status is 0 when all went well and 2 when
-something could not be done; the reason then stands on stderr.
+FILE ends in .jsonl, .jsonl.gz or .parquet. With --json, what is printed is one JSON value. The
+status is 0 when all went well and 2 when something could not be done; the reason then stands on
+stderr.
 """
 
 import argparse
 import json
+import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +28,7 @@ from typing import Any
 from tqdm import tqdm
 
 from index.collection import CollectionSet
-from index.errors import CollectionError
+from index.errors import CollectionError, StoreDamaged
 from index.export_file import reading_export, writing_export
 from index.transfer import export_records, import_new, import_records
 
@@ -36,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {str(folder)!r} is not a folder", file=sys.stderr)
         return 2
     run: Command = options.run
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")  # to stderr
     try:
         with CollectionSet(folder) as collections:
             return run(collections, options)
@@ -60,17 +70,33 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         command.add_argument("--json", action="store_true", help="print JSON in place of tables")
         command.add_argument("folder", metavar="FOLDER", type=Path, help="holds the collections")
+        if name != "list":
+            number = "?" if name == "check" else None
+            command.add_argument("name", metavar="NAME", nargs=number, help="of a collection")
         return command
 
     add("list", _list, "what collections there are")
+    add("stats", _stats, "what is known of a collection")
+    add("check", _check, "look for faults in a collection, or in all; status 1 when there are any")
+    add("rebuild", _rebuild, "build a collection's search structure anew")
+    add("snapshot", _snapshot, "keep a copy of a collection as it is now")
+    add("snapshots", _snapshots, "what snapshots a collection has")
+    command = add("restore", _restore, "put a collection back to a snapshot")
+    command.add_argument("snapshot", metavar="SNAPSHOT", help="its name in `snapshots`")
     command = add("export", _export, "write a collection to a file, which must not exist")
-    command.add_argument("name", metavar="NAME")
     command.add_argument("file", metavar="FILE", type=Path, help=".jsonl, .jsonl.gz or .parquet")
+    command.add_argument("--filter", metavar="JSON", type=_json, help="on the records' metadata")
     command = add("import", _import, "upsert an export into a collection")
-    command.add_argument("name", metavar="NAME")
     command.add_argument("file", metavar="FILE", type=Path, help="what `export` wrote")
     command.add_argument("--new", action="store_true", help="make the collection")
     return parser
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
 
 
 def _list(collections: CollectionSet, options: Options) -> int:
@@ -92,13 +118,59 @@ def _list(collections: CollectionSet, options: Options) -> int:
     return 0
 
 
+def _stats(collections: CollectionSet, options: Options) -> int:
+    found = asdict(collections.get(options.name).stats())
+    if options.json:
+        _show(found, options)
+    else:
+        _show([{"name": name, "value": value} for name, value in _leaves(found)], options)
+    return 0
+
+
+def _check(collections: CollectionSet, options: Options) -> int:
+    names = collections.names() if options.name is None else [options.name]
+    rows = list[Row]()
+    for name in names:
+        try:
+            faults = collections.get(name).check()
+        except StoreDamaged as damage:
+            faults = [str(damage)]
+        rows.append({"name": name, "faults": faults})
+    _show(rows, options)
+    return 1 if any(row["faults"] for row in rows) else 0
+
+
+def _rebuild(collections: CollectionSet, options: Options) -> int:
+    collections.get(options.name).rebuild()
+    _show({"rebuilt": options.name}, options)
+    return 0
+
+
+def _snapshot(collections: CollectionSet, options: Options) -> int:
+    _show(asdict(collections.snapshot(options.name)), options)
+    return 0
+
+
+def _snapshots(collections: CollectionSet, options: Options) -> int:
+    _show([asdict(each) for each in collections.snapshots(options.name)], options)
+    return 0
+
+
+def _restore(collections: CollectionSet, options: Options) -> int:
+    collections.restore(options.name, options.snapshot)
+    _show({"restored": options.name, "snapshot": options.snapshot}, options)
+    return 0
+
+
 def _export(collections: CollectionSet, options: Options) -> int:
     collection = collections.get(options.name)
     with (
         writing_export(options.file) as (file, format),  # noqa: A001
-        _bar(collection.count()) as bar,
+        _bar(collection.count() if options.filter is None else None) as bar,
     ):
-        count = export_records(collection, file, format=format, progress=bar.update)
+        count = export_records(
+            collection, file, format=format, filter=options.filter, progress=bar.update
+        )
     _show({"file": str(options.file), "records": count}, options)
     return 0
 
@@ -143,13 +215,26 @@ def _show(found: Row | Sequence[Row], options: Options) -> None:
 
 
 def _cell(key: str, value: object) -> str:
-    if value is None:
+    if value is None or value == []:
         return "-"
-    if key.endswith("_at") and isinstance(value, float):
-        return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    if isinstance(value, float):
+        if key.endswith("_at"):
+            return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+        return f"{value:.6g}"
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_cell(name, each)}" for name, each in value.items())
+    if isinstance(value, list):
+        return "; ".join(_cell(key, each) for each in value)
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _leaves(found: Row, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The values within dictionaries, as "spaces.cls.kind" and the text to show."""
+    for name, value in found.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, _cell(name, value)
 
 
 if __name__ == "__main__":

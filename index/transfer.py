@@ -11,7 +11,7 @@ Memory is bounded by a page or a batch of records, and by the ids of what is imp
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import BinaryIO, Literal, get_args
+from typing import Any, BinaryIO, Literal, get_args
 
 from index.collection import Collection, CollectionSet
 from index.errors import (
@@ -35,7 +35,6 @@ Progress = Callable[[int], object]
 
 _PAGE = 256  # records; of the longest vectors, 64 MiB
 _BATCH = 1000  # records in one transaction
-_METRIC = "cosine"
 
 _WRITERS = MappingProxyType({"jsonl": write_jsonl, "parquet": write_parquet})
 _READERS = MappingProxyType({"jsonl": read_jsonl, "parquet": read_parquet})
@@ -46,21 +45,25 @@ def export_records(
     file: BinaryIO,
     *,
     format: Format,  # noqa: A002
+    filter: Mapping[str, Any] | None = None,  # noqa: A002
     progress: Progress = lambda count: None,
 ) -> int:
     """Write a collection's records to `file`, in order of first insertion; how many.
+
+    With a `filter`, those whose metadata it lets through.
 
     Every record is whole, and as it was at some moment of the export. What is written or deleted
     meanwhile is in it or not; a copy of one moment is a snapshot.
 
     Raises:
         FormatUnavailable, InvalidRecord: it cannot be written in this format.
+        InvalidFilter: naming what is wrong in `filter`.
         StoreDamaged, StoreFailed, CollectionNotFound: as with any use of a collection.
         OSError: the file cannot be written. After any error, it is not a whole export.
     """
     _check_format(format)
-    header = Header(collection.model, _METRIC, collection.spaces)
-    return _WRITERS[format](header, _exported(collection, progress), file)
+    header = Header(collection.model, collection.metric, collection.spaces)
+    return _WRITERS[format](header, _exported(collection, filter, progress), file)
 
 
 def import_records(
@@ -103,7 +106,7 @@ def import_new(
     source: str = "the file",
     progress: Progress = lambda count: None,
 ) -> dict[str, int]:
-    """`import_records` into a collection made for it, with the model and spaces of the file.
+    """`import_records` into a collection made for it, with the file's model, metric and spaces.
 
     Without a readable header none is made. After a fault further on it stays, with what stands
     before the fault.
@@ -113,7 +116,12 @@ def import_new(
     """
     _check_format(format)
     header, records = _READERS[format](file, source)
-    collection = collections.create(name, spaces=header.spaces, model=header.model)
+    try:
+        collection = collections.create(
+            name, spaces=header.spaces, model=header.model, metric=header.metric
+        )
+    except ValueError as error:  # a metric that there is not
+        raise ImportFailed(f"{source}: {error}") from error
     return _upsert(collection, records, progress)
 
 
@@ -122,15 +130,15 @@ def _check_format(format: str) -> None:  # noqa: A002
         raise FormatUnavailable(f"there is no format {format!r}; there are {', '.join(FORMATS)}")
 
 
-def _exported(collection: Collection, progress: Progress) -> Iterator[ExportedRecord]:
+def _exported(
+    collection: Collection,
+    filter: Mapping[str, Any] | None,  # noqa: A002
+    progress: Progress,
+) -> Iterator[ExportedRecord]:
     cursor: str | None = None
     while True:
-        page = collection.scroll(cursor=cursor, limit=_PAGE)
-        for shown in page.records:
-            try:
-                record = collection.get(shown.id, with_vectors=True)
-            except RecordNotFound:
-                continue  # deleted since the page was read
+        page = collection.scroll(cursor=cursor, limit=_PAGE, with_vectors=True, filter=filter)
+        for record in page.records:
             yield ExportedRecord(record, _thumbnail(collection, record.id))
             progress(1)
         cursor = page.next_cursor

@@ -52,18 +52,19 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     assert main([*map(str, arguments)]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.startswith("error: ")
-    return printed.err
+    error = printed.err.splitlines()[-1]
+    assert error.startswith("error: ")
+    return error
 
 
 def test_from_one_folder_to_another(filled: Path, tmp_path: Path) -> None:
     file, other = tmp_path / "pictures.jsonl", tmp_path / "other"
     other.mkdir()
     out = run("export", filled, "pictures", file)
-    assert (out.returncode, out.stderr) == (0, "")
+    assert out.returncode == 0, out.stderr
     assert out.stdout.split() == ["file", "records", str(file), "20"]
     back = run("import", other, "copy", file, "--new", "--json")
-    assert (back.returncode, back.stderr) == (0, "")
+    assert back.returncode == 0, back.stderr
     assert json.loads(back.stdout) == {
         "file": str(file),
         "created": 20,
@@ -106,12 +107,85 @@ def test_list(filled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == "none\n"
 
 
+def test_stats(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stats = answer(capsys, "stats", filled, "pictures")
+    assert 20 in stats.values()
+    assert main(["stats", str(filled), "pictures"]) == 0
+    shown = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    assert {name.split(".")[0] for name in shown} - {"name"} == {
+        name for name, value in stats.items() if value != {}
+    }
+    assert "no collection 'b'" in refusal(capsys, "stats", filled, "b")
+
+
+def test_check(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = [{"name": "empty", "faults": []}, {"name": "pictures", "faults": []}]
+    assert answer(capsys, "check", filled) == whole
+    assert answer(capsys, "check", filled, "pictures") == whole[1:]
+    (filled / "empty" / FILE_NAME).write_bytes(b"nonsense" * 1000)
+    assert main(["check", str(filled), "--json"]) == 1
+    damaged, good = json.loads(capsys.readouterr().out)
+    assert "cannot be read" in damaged["faults"][0]
+    assert good == whole[1]
+    assert main(["check", str(filled)]) == 1
+    assert "cannot be read" in capsys.readouterr().out
+    assert main(["check", str(filled), "pictures"]) == 0
+
+
+def test_snapshots(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert answer(capsys, "snapshots", filled, "pictures") == []
+    snapshot = answer(capsys, "snapshot", filled, "pictures")
+    assert answer(capsys, "snapshots", filled, "pictures") == [snapshot]
+    assert main(["snapshots", str(filled), "pictures"]) == 0
+    assert snapshot["name"] in capsys.readouterr().out
+    with CollectionSet(filled) as collections:
+        collections.get("pictures").delete(["r3", "r4"])
+    assert answer(capsys, "restore", filled, "pictures", snapshot["name"]) == {
+        "restored": "pictures",
+        "snapshot": snapshot["name"],
+    }
+    with CollectionSet(filled) as collections:
+        assert collections.get("pictures").count() == 20
+    assert "'lost'" in refusal(capsys, "restore", filled, "pictures", "lost")
+
+
+def test_a_snapshot_puts_a_damaged_collection_right(
+    filled: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    snapshot = answer(capsys, "snapshot", filled, "pictures")["name"]
+    (filled / "pictures" / FILE_NAME).write_bytes(b"nonsense" * 1000)
+    assert main(["check", str(filled), "pictures"]) == 1
+    capsys.readouterr()
+    answer(capsys, "restore", filled, "pictures", snapshot)
+    assert answer(capsys, "list", filled)[1]["records"] == 20
+
+
+def test_rebuild(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert answer(capsys, "rebuild", filled, "pictures") == {"rebuilt": "pictures"}
+    assert answer(capsys, "list", filled)[1]["records"] == 20
+
+
+def test_an_export_of_some(
+    filled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "some.jsonl"
+    some = '{"must": [{"key": "number", "range": {"gte": 15}}]}'
+    options = ("--filter", some)
+    assert answer(capsys, "export", filled, "pictures", file, *options)["records"] == 5
+    ids = [json.loads(line)["id"] for line in file.read_text().splitlines()[1:-1]]
+    assert ids == [f"r{number}" for number in range(15, 20)]
+    file.unlink()
+    options = ("--filter", '{"must": 3}')
+    assert "filter.must" in refusal(capsys, "export", filled, "pictures", file, *options)
+    assert not file.exists()
+
+
 def test_a_folder_in_use(filled: Path) -> None:
     with CollectionSet(filled):
         found = run("list", filled)
     assert found.returncode == 2
     assert found.stdout == ""
-    assert found.stderr.startswith(f"error: {filled} is in use by process ")
+    assert f"error: {filled} is in use by process " in found.stderr
 
 
 def test_mistakes(filled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,9 +205,15 @@ def test_mistakes(filled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "already" in refusal(capsys, "import", filled, "pictures", file, "--new")
     assert "'No'" in refusal(capsys, "import", filled, "No", file, "--new")
     assert "no collection 'b'" in refusal(capsys, "import", filled, "b", file)
-    for unknown in (["lost", str(filled)], [], ["export", str(filled), "pictures"]):
+    for unknown in (
+        ["lost", str(filled)],
+        [],
+        ["export", str(filled), "pictures"],
+        ["export", str(filled), "pictures", str(file), "--filter", "{"],
+    ):
         with pytest.raises(SystemExit, match="2"):
             main(unknown)
+    assert "not JSON" in capsys.readouterr().err
 
 
 def test_a_fault_in_a_file_is_named(
@@ -148,7 +228,7 @@ def test_a_fault_in_a_file_is_named(
     fault = refusal(capsys, "import", filled, "empty", file)
     assert fault == (
         f"error: {file}, line 7: 'vectors' missing. "
-        "The 5 records before that are in collection 'empty'\n"
+        "The 5 records before that are in collection 'empty'"
     )
     for damaged in (file.read_bytes()[:-40], b"no gzip", file.read_bytes()[:-8] + bytes(8)):
         file.write_bytes(damaged)

@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from index import jsonl
 from index.collection import Collection, CollectionSet, NewRecord
-from index.errors import ImportFailed
+from index.errors import ImportFailed, InvalidRecord
 from index.jsonl import MAX_LINE_BYTES
 from index.transfer import import_new, import_records
 from tests.index.exports import HEADER, NO_SPACES, contents, exported, imported, line, text
@@ -137,6 +138,15 @@ def test_a_line_without_end_is_not_read(collection: Collection) -> None:
 
     with pytest.raises(ImportFailed, match=f"line 1: it is longer than {MAX_LINE_BYTES} bytes"):
         import_records(collection, Endless(), format="jsonl")
+
+
+def test_a_record_too_long_for_a_line_is_not_written(
+    collection: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collection.upsert([replace(record("long", 1), thumbnail=bytes(3000))])
+    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 3000)
+    with pytest.raises(InvalidRecord, match=r"'long' takes 4\d\d\d bytes; .* may have 3000"):
+        exported(collection, "jsonl")
 
 
 def test_every_cut_is_noticed(collections: CollectionSet, collection: Collection) -> None:

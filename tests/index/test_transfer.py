@@ -15,6 +15,7 @@ from hypothesis.extra import numpy as arrays
 
 from index.collection import Collection, CollectionSet, NewRecord
 from index.errors import (
+    CollectionError,
     CollectionExists,
     CollectionNotFound,
     FormatUnavailable,
@@ -23,8 +24,8 @@ from index.errors import (
     ModelMismatch,
 )
 from index.transfer import FORMATS, Format, export_records, import_new, import_records
-from tests.index.exports import contents, exported, imported
-from tests.index.helpers import MODEL, SPACES, fill, record, vectors
+from tests.index.exports import HEADER, contents, exported, imported, text
+from tests.index.helpers import MODEL, SPACES, create, fill, record, vectors
 
 pytest.importorskip("pyarrow")
 
@@ -142,6 +143,27 @@ def test_another_model_or_other_spaces(
         export_records(other, io.BytesIO(), format=format)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_metric_comes_along(
+    collections: CollectionSet,
+    format: Format,  # noqa: A002
+) -> None:
+    collection = collections.create("a", spaces=SPACES, model=MODEL, metric="l2")
+    import_new(collections, "b", io.BytesIO(exported(collection, format)), format=format)
+    assert collections.get("b").metric == "l2"
+    # The vectors are as they were given, so they may go where another metric compares them.
+    fill(collection, 2)
+    cosine = create(collections, "c")
+    assert imported(cosine, exported(collection, format), format)["created"] == 2
+
+
+def test_a_metric_that_there_is_not(collections: CollectionSet) -> None:
+    content = text(HEADER | {"metric": "hamming"}, {"records": 0})
+    with pytest.raises(CollectionError, match="hamming"):
+        import_new(collections, "b", io.BytesIO(content), format="jsonl")
+    assert collections.names() == []
+
+
 def test_unknown_formats_are_named(collection: Collection) -> None:
     unknown: Any = "csv"
     with pytest.raises(FormatUnavailable, match="'csv'; there are jsonl, parquet"):
@@ -154,7 +176,7 @@ def test_an_export_while_records_change(collection: Collection) -> None:
     fill(collection, 600)
 
     def change(count: int) -> None:
-        collection.delete([f"r{number}" for number in range(200, 300)])
+        collection.delete([f"r{number}" for number in range(300, 400)])  # of a later page
         collection.upsert([record("r599", 7000), record("late", 1)])
 
     file = io.BytesIO()
@@ -165,3 +187,20 @@ def test_an_export_while_records_change(collection: Collection) -> None:
     assert lines[-1] == {"records": 501}
     assert ids[-1] == "late"
     assert lines[-3]["vectors"]["cls"] == pytest.approx(vectors(7000)["cls"].tolist())
+
+
+def test_records_go_one_by_one_and_come_in_batches(
+    collections: CollectionSet, collection: Collection
+) -> None:
+    fill(collection, 1100)
+    file, written, read = io.BytesIO(), list[int](), list[int]()
+    export_records(
+        collection, file, format="jsonl", progress=lambda count: written.append(file.tell())
+    )
+    assert len(set(written)) == 1100
+    assert written[0] < 1000
+    file.seek(0)
+    import_new(
+        collections, "b", file, format="jsonl", progress=lambda count: read.append(file.tell())
+    )
+    assert written[998] <= read[0] <= written[1001]
