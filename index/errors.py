@@ -11,6 +11,8 @@
     ├── InvalidFilter
     ├── RecordNotFound
     ├── ModelMismatch
+    ├── ImportFailed
+    ├── FormatUnavailable
     ├── StoreInUse
     ├── StoreFailed
     ├── StoreDamaged
@@ -64,6 +66,14 @@ class RecordNotFound(CollectionError):
 
 class ModelMismatch(CollectionError):
     """The collection's vectors were made by another model."""
+
+
+class ImportFailed(CollectionError):
+    """A file that cannot be imported, or not beyond the place that the message names."""
+
+
+class FormatUnavailable(CollectionError):
+    """An export's format that is not known, or that needs an extra which is not installed."""
 
 
 class StoreInUse(CollectionError):
