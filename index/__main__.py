@@ -27,7 +27,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from index.collection import CollectionSet
+from index.collection_set import CollectionSet
 from index.errors import CollectionError, StoreDamaged
 from index.export_file import reading_export, writing_export
 from index.transfer import export_records, import_new, import_records

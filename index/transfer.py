@@ -13,7 +13,8 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, BinaryIO, Literal, get_args
 
-from index.collection import Collection, CollectionSet
+from index.collection import Collection
+from index.collection_set import CollectionSet
 from index.errors import (
     FormatUnavailable,
     ImportFailed,

@@ -13,7 +13,7 @@ import pytest
 
 from index import __main__ as command
 from index.__main__ import main
-from index.collection import CollectionSet
+from index.collection_set import CollectionSet
 from index.errors import FormatUnavailable
 from index.export_file import reading_export, writing_export
 from index.store import FILE_NAME

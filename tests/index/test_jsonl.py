@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from index import jsonl
-from index.collection import Collection, CollectionSet, NewRecord
+from index.collection import Collection, NewRecord
+from index.collection_set import CollectionSet
 from index.errors import ImportFailed, InvalidRecord
 from index.jsonl import MAX_LINE_BYTES
 from index.transfer import import_new, import_records

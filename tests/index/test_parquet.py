@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from index.collection import Collection, CollectionSet, NewRecord
+from index.collection import Collection, NewRecord
+from index.collection_set import CollectionSet
 from index.errors import FormatUnavailable, ImportFailed
 from index.transfer import export_records
 from tests.index.exports import HEADER, exported, imported

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from index.collection import CollectionSet
+from index.collection_set import CollectionSet
 from index.errors import (
     InvalidName,
     SnapshotDamaged,

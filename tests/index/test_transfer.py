@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from index.collection import Collection, CollectionSet, NewRecord
+from index.collection import Collection, NewRecord
+from index.collection_set import CollectionSet
 from index.errors import (
     CollectionError,
     CollectionExists,
