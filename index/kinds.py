@@ -91,11 +91,12 @@ def check_kind(kind: str) -> Kind:
     raise InvalidSettings(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
 
 
-def check_metric(metric: str) -> None:
-    """Raise `InvalidSettings` unless this is a `Metric`."""
-    if metric not in get_args(Metric):
-        known = ", ".join(get_args(Metric))
-        raise InvalidSettings(f"metric must be one of {known}, got {metric!r}")
+def check_metric(metric: str) -> Metric:
+    """The metric of that name; raises `InvalidSettings` unless it is one."""
+    for known in get_args(Metric):
+        if metric == known:
+            return cast(Metric, known)
+    raise InvalidSettings(f"metric must be one of {', '.join(get_args(Metric))}, got {metric!r}")
 
 
 def choose_kind(settings: IndexSettings, rows: int) -> Kind:

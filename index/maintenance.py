@@ -165,7 +165,7 @@ class Maintenance:
         _logger.info("collection %r: built in %.1f s", mirror.name, time.monotonic() - started)
 
     def _absorb(self, name: str, kind: Kind) -> Iterator[None]:
-        """Put what is in blocks into the structure, little by little; make it if it is not there."""
+        """Put what is in blocks into the structure, piece by piece; make it if it is not there."""
         mirror = self._mirror
         space = mirror.view.spaces[name]
         if space.ann is None:

@@ -19,12 +19,14 @@ from index.errors import (
     FormatUnavailable,
     ImportFailed,
     InvalidRecord,
+    InvalidSettings,
     InvalidVector,
     ModelMismatch,
     RecordNotFound,
 )
 from index.exported import ExportedRecord, Header, Placed
 from index.jsonl import read_jsonl, write_jsonl
+from index.kinds import check_metric
 from index.parquet import read_parquet, write_parquet
 from index.records import NewRecord, Outcome, check_record
 
@@ -36,6 +38,7 @@ Progress = Callable[[int], object]
 
 _PAGE = 256  # records; of the longest vectors, 64 MiB
 _BATCH = 1000  # records in one transaction
+_OUTCOMES: tuple[Outcome, ...] = ("created", "updated", "unchanged")  # of an upsert that adds
 
 _WRITERS = MappingProxyType({"jsonl": write_jsonl, "parquet": write_parquet})
 _READERS = MappingProxyType({"jsonl": read_jsonl, "parquet": read_parquet})
@@ -119,9 +122,9 @@ def import_new(
     header, records = _READERS[format](file, source)
     try:
         collection = collections.create(
-            name, spaces=header.spaces, model=header.model, metric=header.metric
+            name, spaces=header.spaces, model=header.model, metric=check_metric(header.metric)
         )
-    except ValueError as error:  # a metric that there is not
+    except InvalidSettings as error:  # a metric that there is not
         raise ImportFailed(f"{source}: {error}") from error
     return _upsert(collection, records, progress)
 
@@ -168,9 +171,9 @@ def _check_header(header: Header, collection: Collection, source: str) -> None:
 
 
 def _upsert(collection: Collection, records: Placed, progress: Progress) -> dict[str, int]:
-    counts: dict[str, int] = dict.fromkeys(get_args(Outcome), 0)
+    counts: dict[str, int] = dict.fromkeys(_OUTCOMES, 0)
     try:
-        for batch in _batches(_checked(records, collection.spaces)):
+        for batch in _batches(_checked(records, collection)):
             for written in collection.upsert(batch):
                 counts[written.outcome] += 1
             progress(len(batch))
@@ -182,11 +185,11 @@ def _upsert(collection: Collection, records: Placed, progress: Progress) -> dict
     return counts
 
 
-def _checked(records: Placed, spaces: Mapping[str, int]) -> Iterator[NewRecord]:
+def _checked(records: Placed, collection: Collection) -> Iterator[NewRecord]:
     seen = set[str]()
     for at, record in records:
         try:
-            checked = check_record(record, spaces)
+            checked = check_record(record, collection.spaces, collection.metric)
         except (InvalidRecord, InvalidVector) as error:
             raise ImportFailed(f"{at}: {error}") from error
         # An export has each id once. Taking the last would write such a record twice each time.

@@ -14,7 +14,7 @@ from tests.index.helpers import REPOSITORY
 
 @pytest.fixture
 def database(tmp_path: Path) -> Iterator[Database]:
-    made = Database(tmp_path / "a.sqlite", described="collection 'x'", is_new=True)
+    made = Database(tmp_path / "a.sqlite", described="collection 'x'", page_bytes=4096)
     with made.writing() as connection:
         connection.execute("CREATE TABLE parents (key INTEGER PRIMARY KEY, text TEXT UNIQUE)")
         connection.execute("CREATE TABLE children (key INTEGER REFERENCES parents, content BLOB)")
