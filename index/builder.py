@@ -26,6 +26,7 @@ class Builder:
 
     def wake(self, maintenance: Maintenance) -> None:
         """There may be something to do for this collection."""
+        maintenance.ask()
         with self._changed:
             if maintenance not in self._waiting:
                 self._waiting.append(maintenance)

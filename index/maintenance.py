@@ -56,10 +56,15 @@ class Maintenance:
         self._mirror = mirror
         self._policy = policy
         self._is_forced = False
+        self._is_asked = False
         self._is_closing = False
         self._tuned_rows: dict[str, int] = {}
         self._work: Iterator[None] | None = None
         self._save_not_before = 0.0
+
+    def ask(self) -> None:
+        """Something has changed: what is under way is not the last there is to do."""
+        self._is_asked = True
 
     def force_rebuild(self) -> None:
         """Build every index anew from the store."""
@@ -78,12 +83,13 @@ class Maintenance:
         if self._is_closing:
             return False
         if self._work is None:
+            self._is_asked = False
             self._work = self._all_work()
         try:
             next(self._work)
         except StopIteration:
             self._work = None
-            return self._is_forced
+            return self._is_forced or self._is_asked
         except BaseException:
             self._work = None
             raise
@@ -132,7 +138,8 @@ class Maintenance:
 
     def _rebuild(self, kind: Kind) -> Iterator[None]:
         """New structures beside the old ones, which answer until the new ones are whole."""
-        mirror, view = self._mirror, self._mirror.view
+        mirror, loads = self._mirror, self._mirror.loads
+        view = mirror.view
         self._is_forced = False
         numbers = view.numbers[: view.count][view.live[: view.count]]
         _logger.info(
@@ -157,7 +164,9 @@ class Maintenance:
                     ann = self._mapped(name)
                 space = replace(space, rows=len(numbers), ann=ann, built=len(numbers))
             spaces[name] = space
-        mirror.replace_all(numbers, spaces)
+        if not mirror.replace_all(numbers, spaces, after=view.last, loads=loads):
+            self._is_forced = True  # again, from what was read meanwhile
+            return
         self._tuned_rows = dict.fromkeys(spaces, 0)
         if kind != "mapped":
             for name, saved in mirror.saved.items():  # what is on disk is of use until the next
@@ -166,25 +175,28 @@ class Maintenance:
 
     def _absorb(self, name: str, kind: Kind) -> Iterator[None]:
         """Put what is in blocks into the structure, piece by piece; make it if it is not there."""
-        mirror = self._mirror
-        space = mirror.view.spaces[name]
-        if space.ann is None:
-            view = mirror.view
+        mirror, loads = self._mirror, self._mirror.loads
+        view = mirror.view
+        if view.spaces[name].ann is None:
             numbers = view.numbers[: view.count][view.live[: view.count]]
             ann = self._train(name, kind, numbers)
-            mirror.put_built(name, ann, 0)
+            mirror.put_built(name, ann, 0, loads=loads)
             yield
         told = time.monotonic()
-        while (space := mirror.view.spaces[name]).built < space.rows and space.ann is not None:
+        while True:
+            loads, space = mirror.loads, mirror.view.spaces[name]
+            if space.ann is None or space.built == space.rows:
+                return
             ann = space.ann
-            _, vectors = next(space.unbuilt())
-            try:
-                ann.add(vectors[:_ROWS_AT_ONCE], should_stop=self._should_stop)
-            except BaseException:
-                mirror.reload()  # the structure may be half changed, and answers meanwhile
-                raise
+            if len(ann) == space.built:  # it has more where the last rows were not put to use
+                _, vectors = next(space.unbuilt())
+                try:
+                    ann.add(vectors[:_ROWS_AT_ONCE], should_stop=self._should_stop)
+                except BaseException:
+                    mirror.reload()  # the structure may be half changed, and answers meanwhile
+                    raise
             built = len(ann)
-            mirror.put_built(name, ann, built)
+            mirror.put_built(name, ann, built, loads=loads)
             if time.monotonic() > told + _PROGRESS_S:
                 told = time.monotonic()
                 _logger.info(
@@ -247,12 +259,12 @@ class Maintenance:
         return Ann.load(cached.path, "mapped", store.metric, effort=cached.effort)
 
     def _save(self, name: str) -> None:
-        mirror = self._mirror
-        space = mirror.view.spaces[name]
+        view = self._mirror.view
+        space = view.spaces[name]
         if space.ann is None or time.monotonic() < self._save_not_before:
             return
         try:
-            self._write(name, space.ann, mirror.view.numbers[: space.built])
+            self._write(name, space.ann, view.numbers[: space.built])
         except StoreFailed as error:
             # The index on disk is a cache: what it lacks is read from the store at the next start.
             self._save_not_before = time.monotonic() + _SAVE_AGAIN_S

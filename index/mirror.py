@@ -33,6 +33,8 @@ class Mirror:
         view: what the last commit left. Searches take it and need no lock.
         saved: space -> what of its index is on disk.
         settings: the kind of index that is asked for.
+        loads: how many times the store was read as a whole. Each time rows take other positions, so
+            that what was begun before is of no use after.
     """
 
     def __init__(self, store: Store, *, name: str) -> None:
@@ -43,6 +45,7 @@ class Mirror:
         self._changing = threading.RLock()
         self._is_lost = False
         self.view, self.saved = loading.load(store, name=name)
+        self.loads = 1
 
     def follow(self, changes: Sequence[Changes]) -> None:
         """Take over what was committed. Whatever happens here, the commit stands."""
@@ -68,24 +71,39 @@ class Mirror:
         """Read the store as if it had just been opened."""
         with self.commits.paused(), self._changing:
             self.view, self.saved = loading.load(self.store, name=self.name)
+            self.loads += 1
             self._is_lost = False
 
-    def put_built(self, name: str, ann: Ann, built: int) -> None:
-        """Let a space be searched through `ann`, which has its first `built` rows."""
+    def put_built(self, name: str, ann: Ann, built: int, *, loads: int) -> bool:
+        """Let a space be searched through `ann`, which has its first `built` rows.
+
+        False, and nothing is changed, where the store was read anew since `loads` was taken.
+        """
         with self._changing:
+            if loads != self.loads:
+                return False
             space = self.view.spaces[name].with_built(ann, built)
             self.view = self.view.with_space(name, space)
+        return True
 
-    def replace_all(self, numbers: Rows, spaces: Mapping[str, Space]) -> None:
+    def replace_all(
+        self, numbers: Rows, spaces: Mapping[str, Space], *, after: int, loads: int
+    ) -> bool:
         """Put structures built from the store, of the rows `numbers`, in place of all present ones.
 
-        The present ones must have rows above the last of `numbers` in blocks, to be taken over.
+        What has come above the row `after` since is taken over from the present ones, which must
+        have it in blocks. False, and nothing is changed, where the store was read anew since
+        `loads` was taken.
         """
-        while len(self.view.rows_after(numbers)) > _TAKEN_AT_ONCE:
-            numbers, spaces = self.view.taken_over(numbers, spaces)
+        while len((view := self.view).rows_above(after)) > _TAKEN_AT_ONCE and loads == self.loads:
+            numbers, spaces = view.taken_over(numbers, spaces, after=after)
+            after = view.last
         with self._changing:  # what has come since is little, and whoever writes waits for it
-            numbers, spaces = self.view.taken_over(numbers, spaces)
+            if loads != self.loads:
+                return False
+            numbers, spaces = self.view.taken_over(numbers, spaces, after=after)
             self.view = self.view.rearranged(numbers, spaces)
+        return True
 
     def forget(self) -> None:
         """Let the memory go, after the store was closed."""

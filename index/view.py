@@ -80,16 +80,23 @@ class View:
         """With other structures for a space that hold the same vectors."""
         return replace(self, spaces={**self.spaces, name: space})
 
-    def rows_after(self, numbers: Rows) -> Rows:
-        """The rows here above the last of `numbers`."""
-        last = numbers[-1] if len(numbers) else 0
-        return self.numbers[np.searchsorted(self.numbers[: self.count], last, "right") : self.count]
+    @property
+    def last(self) -> int:
+        """The highest row that there is or was; 0 of none."""
+        return int(self.numbers[self.count - 1]) if self.count else 0
+
+    def rows_above(self, row: int) -> Rows:
+        """The rows here above this one, which need not be here."""
+        return self.numbers[np.searchsorted(self.numbers[: self.count], row, "right") : self.count]
 
     def taken_over(
-        self, numbers: Rows, spaces: Mapping[str, Space]
+        self, numbers: Rows, spaces: Mapping[str, Space], *, after: int
     ) -> tuple[Rows, Mapping[str, Space]]:
-        """`numbers`, and `spaces` that have their vectors, with the rows here above the last."""
-        more = self.rows_after(numbers)
+        """`numbers`, and `spaces` that have their vectors, with the rows here above `after`.
+
+        Those rows must be in blocks.
+        """
+        more = self.rows_above(after)
         for name, space in spaces.items():
             for vectors in self.spaces[name].unbuilt_from(self.count - len(more)):
                 space = space.extended(vectors)

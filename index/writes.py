@@ -119,8 +119,7 @@ class _Batch:
                     stored_row=row,
                 ),
             )
-            if content_hash is not None:
-                self._by_hash.setdefault(content_hash, record_id)
+            self._note_content(self._known[record_id])
 
     def put(
         self, record: CheckedRecord, *, replace: bool, on_duplicate: OnDuplicate
@@ -143,8 +142,7 @@ class _Batch:
             is_changed=True,
             thumbnail=record.thumbnail,
         )
-        if record.content_hash is not None:
-            self._by_hash.setdefault(record.content_hash, record.id)
+        self._note_content(self._known[record.id])
         return UpsertOutcome(record.id, "created")
 
     def write(self) -> Changes:
@@ -214,14 +212,20 @@ class _Batch:
         known.metadata = record.metadata_json
         known.content_hash = record.content_hash
         known.is_changed = True
-        if record.content_hash is not None:
-            self._by_hash.setdefault(record.content_hash, known.id)
+        self._note_content(known)
         if record.thumbnail is not None:
             known.thumbnail = record.thumbnail
         if has_new_vectors:
             known.vectors = record.vectors
             known.row = self._next_number()
         return "updated"
+
+    def _note_content(self, known: _Known) -> None:
+        """Keep in mind which record is the oldest with its content."""
+        if known.content_hash is not None:
+            first = self._known[self._by_hash.setdefault(known.content_hash, known.id)]
+            if first.content_hash == known.content_hash and known.key < first.key:
+                self._by_hash[known.content_hash] = known.id
 
     def _twin(self, content_hash: str | None) -> _Known | None:
         """The record with this content, if there is one."""

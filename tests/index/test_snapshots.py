@@ -333,7 +333,7 @@ def test_a_real_collection_goes_back_and_is_no_collection_itself(root: Path) -> 
         fill(collection, 20)
         made = snapshots.create(
             "pictures",
-            copy=collection._store._database.backup,
+            copy=collection._store.database.backup,
             described={"count": collection.count(), "model": collection.model},
         )
         # Looking into a snapshot, as the module's docstring says, leaves it as it is.
