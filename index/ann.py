@@ -1,20 +1,16 @@
-"""Nearest neighbours in memory. The only file that imports faiss.
-
-Nothing here is kept on disk for good: all of it can be rebuilt from the store.
+"""Nearest neighbours in memory, all of it to be had again from the store. Alone imports faiss.
 
 Scores: greater is nearer. They are inner products for the metrics `cosine` (whose vectors come here
 at unit length) and `ip`, and for `l2` minus the squared distance.
 
 Threads: faiss lets go of the interpreter lock, so searches run side by side on the threads that
-call. OpenMP's number of threads is a setting of the calling thread; a search sets it to `threads`
-(1 unless told otherwise) and puts it back, additions use what OpenMP was started with.
+call, each on that one thread; additions use as many as OpenMP was started with.
 """
 
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +18,15 @@ import faiss as _faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from index.effort import (
-    candidates,
-    candidates_kept,
-    efforts,
-    exact_is_cheaper,
-    lists_probed,
-    recall,
-)
-from index.growth import GrowingVector
+from index.effort import candidates_kept, efforts, exact_is_cheaper, lists_probed
+from index.growth import GrowingVector, parts_of_graph
 from index.kinds import IndexSettings, Kind, Metric, is_trained, lists_for, pq_bytes_for
 from index.locks import Pace, ReadWriteLock
-from index.records import normalise
 
 faiss: Any = _faiss  # its type stubs lack half of what is used here
 
-HOLD_S = 0.02
-"""How long, in seconds, additions aim to keep searches waiting."""
-MAX_HOLD_S = 0.05
-"""The stated bound on it: on a machine whose cores are not all taken by others."""
+HOLD_S = 0.02  # how long, in seconds, additions aim to keep searches waiting
+MAX_HOLD_S = 0.05  # the stated bound on it, on a machine whose cores are not all taken by others
 
 Found = tuple[NDArray[np.float32], NDArray[np.int64]]
 """Scores and positions [q, k], best first; -inf and -1 where fewer than k were found."""
@@ -59,8 +45,6 @@ def search_block(
     k: int,
     metric: Metric,
     allowed: NDArray[np.bool_] | None = None,
-    *,
-    threads: int = 1,
 ) -> Found:
     """The k nearest of `vectors` [m, d] to each of `queries` [q, d], exactly.
 
@@ -75,7 +59,7 @@ def search_block(
         return scores, positions
     # Of 20 queries or more at once faiss takes l2 through |x|² + |y|² - 2xy, which cancels.
     step = 16 if metric == "l2" else max(len(queries), 1)
-    with _openmp_threads(threads):
+    with _one_thread():
         for start in range(0, len(queries), step):
             part = queries[start : start + step]
             found = np.empty((len(part), width), np.float32), np.empty((len(part), width), np.int64)
@@ -121,7 +105,12 @@ class Ann:
         self._lock = ReadWriteLock()
         self._adding = threading.Lock()
         self._pace = Pace(HOLD_S, first=16)
-        self._growing = _growing_parts(index) if kind == "hnsw" else []
+        self._growing: list[GrowingVector] = []
+        if kind == "hnsw":
+            codes = faiss.downcast_index(index.storage).codes
+            self._growing = parts_of_graph(
+                index.hnsw, codes, row_bytes=4 * self.dimension, copy=faiss.memcpy, free=_free
+            )
 
     @classmethod
     def train(
@@ -244,7 +233,6 @@ class Ann:
         *,
         allowed: NDArray[np.bool_] | None = None,
         effort: int | None = None,
-        threads: int = 1,
     ) -> Found:
         """The k nearest positions to each of `queries` [q, dimension].
 
@@ -254,14 +242,16 @@ class Ann:
         queries, rows = _matrix(queries), len(self)
         scores, positions = _nothing(len(queries), k)
         chosen = rows if allowed is None else int(np.count_nonzero(allowed[:rows]))
-        if allowed is not None and chosen < rows and self.exact_is_cheaper(chosen, rows):
-            return self.search_rows(queries, np.flatnonzero(allowed[:rows]), k, threads=threads)
+        if allowed is not None and exact_is_cheaper(
+            self.kind, self.effort, allowed=chosen, rows=rows, lists=self._lists
+        ):
+            return self.search_rows(queries, np.flatnonzero(allowed[:rows]), k)
         if not chosen or not len(queries):
             return scores, positions
         selector = None if allowed is None else _bitmap(allowed)
         width = min(k, chosen)
         parameters = self._parameters(effort or self.effort, width, chosen / rows, selector)
-        with _openmp_threads(threads):
+        with _one_thread():
             for start in range(0, len(queries), _QUERIES_A_HOLD):
                 part = slice(start, start + _QUERIES_A_HOLD)
                 with self._lock.reading():
@@ -270,7 +260,7 @@ class Ann:
         short = np.flatnonzero(positions[:, width - 1] < 0)
         if len(short):
             among = np.arange(rows) if allowed is None else np.flatnonzero(allowed[:rows])
-            found = self.search_rows(queries[short], among, k, threads=threads)
+            found = self.search_rows(queries[short], among, k)
             scores[short], positions[short] = found
         return scores, positions
 
@@ -279,8 +269,6 @@ class Ann:
         queries: NDArray[np.float32],
         among: NDArray[np.int64],
         k: int,
-        *,
-        threads: int = 1,
     ) -> Found:
         """The k nearest to each query among the positions `among` [m], by looking at each of them.
 
@@ -292,7 +280,7 @@ class Ann:
         if not width:
             return scores, positions
         step = max(1, _ROWS_A_HOLD // len(among)) if self.kind == "hnsw" else 1
-        with _openmp_threads(threads):
+        with _one_thread():
             for start in range(0, len(queries), step):
                 part = slice(start, start + step)
                 with self._lock.reading():
@@ -303,39 +291,6 @@ class Ann:
                         found = self._search_every_list(queries[part], among, width)
                 _put(found, self.metric, scores[part], positions[part])
         return scores, positions
-
-    def exact_is_cheaper(self, allowed: int, rows: int) -> bool:
-        """Whether `search_rows` is quicker than a filtered search for `allowed` of `rows`."""
-        return exact_is_cheaper(
-            self.kind, self.effort, allowed=allowed, rows=rows, lists=self._lists
-        )
-
-    def tune(
-        self,
-        queries: NDArray[np.float32],
-        truth: NDArray[np.int64],
-        k: int,
-        target_recall: float,
-    ) -> float:
-        """Set `effort` to the least that finds `target_recall` of `truth`, or to the greatest.
-
-        Args:
-            queries: [q, dimension], q > 0.
-            truth: [q, k], the positions of the true nearest; -1 where there are fewer than k.
-            k: how many are wanted; `candidates(kind, k)` are looked at.
-            target_recall: in (0, 1].
-
-        Returns:
-            The recall at this effort, in [0, 1].
-        """
-        measured = 0.0
-        for effort in efforts(self.kind, self._lists):
-            _, found = self.search(queries, candidates(self.kind, k), effort=effort)
-            measured = recall(truth, found)
-            self.effort = effort
-            if measured >= target_recall:
-                break
-        return measured
 
     def _parameters(self, effort: int, k: int, share: float, selector: Any) -> Any:
         if self.kind == "hnsw":
@@ -372,30 +327,6 @@ class Ann:
             part.reserve(rows, self._lock)
 
 
-def _growing_parts(index: Any) -> list[GrowingVector]:
-    codes, graph = faiss.downcast_index(index.storage).codes, index.hnsw
-    links = int(graph.nb_neighbors(1))
-    sizes = [
-        (codes, codes.owned_data, 1, 4 * int(index.d), 0),
-        # 2 · links on the lowest level and about one above it; levels are drawn by lot.
-        (graph.neighbors, graph.neighbors.owned_data, 4, 2 * links + 2, 40 * links),
-        (graph.levels, graph.levels, 4, 1, 0),
-        (graph.offsets, graph.offsets, 8, 1, 1),
-    ]
-    return [
-        GrowingVector(
-            outer,
-            inner,
-            item_bytes=item_bytes,
-            items_a_row=items,
-            spare=spare,
-            copy=faiss.memcpy,
-            free=_free,
-        )
-        for outer, inner, item_bytes, items, spare in sizes
-    ]
-
-
 def _free(vector: Any) -> None:
     """Python's own freeing holds the interpreter lock, 50 ms a gigabyte; faiss's calls do not."""
     if isinstance(vector, faiss.UInt8Vector):
@@ -429,9 +360,10 @@ def _inverted_file(
 
 
 @contextmanager
-def _openmp_threads(threads: int) -> Iterator[None]:
+def _one_thread() -> Iterator[None]:
+    """OpenMP's number of threads is a setting of the calling thread."""
     before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(threads)
+    faiss.omp_set_num_threads(1)
     try:
         yield
     finally:
@@ -466,93 +398,3 @@ _CLASSES = {
     "ivf_pq": faiss.IndexIVFPQ,
     "mapped": faiss.IndexIVFFlat,
 }
-
-
-@dataclass(frozen=True, eq=False)
-class Hits:
-    """One query's neighbours, best first: `keys` int64 [m], `scores` float32 [m], m <= k."""
-
-    keys: NDArray[np.int64]
-    scores: NDArray[np.float32]
-
-
-class FlatIndex:
-    """Exact search by cosine over float32 vectors that carry integer keys.
-
-    Safe to use from many threads. Rows are normalised on their way in, so that the inner product is
-    the cosine; they must be finite and not all zero.
-    """
-
-    def __init__(self, dimension: int) -> None:
-        self._index = faiss.IndexIDMap2(faiss.IndexFlatIP(dimension))
-        self._highest_key = -1
-        # Searches run side by side (faiss lets go of the interpreter lock), so a plain lock would
-        # queue them behind one another; a change must be alone.
-        self._lock = ReadWriteLock()
-
-    def __len__(self) -> int:
-        with self._lock.reading():
-            return int(self._index.ntotal)
-
-    def upsert(self, keys: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
-        """Put vectors [n, dimension] under distinct keys [n], in place of any that are there."""
-        if not len(keys):
-            return
-        keys = np.ascontiguousarray(keys, dtype=np.int64)
-        unit = np.ascontiguousarray(normalise(vectors))
-        with self._lock.writing():
-            # IDMap2 would keep two vectors under one key in silence, so the old ones go first. The
-            # store's keys only grow: above the highest there is nothing to look for, and a bulk
-            # load is spared a pass over the whole index for each batch.
-            self._remove(keys[keys <= self._highest_key])
-            self._index.add_with_ids(unit, keys)
-            self._highest_key = max(self._highest_key, int(keys.max()))
-
-    def remove(self, keys: NDArray[np.int64]) -> None:
-        """Take keys [n] out, in one pass over the whole index; absent ones are no error."""
-        with self._lock.writing():
-            self._remove(np.ascontiguousarray(keys, dtype=np.int64))
-
-    def search(
-        self, queries: NDArray[np.float32], k: int, *, exclude: NDArray[np.int64] | None = None
-    ) -> list[Hits]:
-        """The k best keys for each query [n, dimension], leaving out the keys in `exclude`.
-
-        Fewer than k only where the index has no more. Equal scores stand in order of their keys,
-        also where the k-th place is tied.
-        """
-        excluded = np.empty(0, np.int64) if exclude is None else np.unique(exclude)
-        unit = np.ascontiguousarray(normalise(queries))
-        hits = [Hits(np.empty(0, np.int64), np.empty(0, np.float32)) for _ in unit]
-        with self._lock.reading():
-            total = int(self._index.ntotal)
-            pending = np.arange(len(unit) if total else 0)
-            wanted = k + len(excluded) + 1  # one more shows whether a tie crosses the cut
-            while len(pending):
-                fetched = min(wanted, total)
-                scores, keys = self._index.search(unit[pending], fetched)
-                unsettled = []
-                for row, row_keys, row_scores in zip(pending, keys, scores, strict=True):
-                    hits[row] = _best(row_keys, row_scores, k, excluded)
-                    # Whatever was not fetched scores at most row_scores[-1].
-                    tied = hits[row].scores[-1:] == row_scores[-1]
-                    if fetched < total and (len(hits[row].keys) < k or tied.any()):
-                        unsettled.append(row)
-                pending = np.array(unsettled, dtype=np.intp)
-                wanted *= 4
-        return hits
-
-    def _remove(self, keys: NDArray[np.int64]) -> None:
-        if len(keys):
-            self._index.remove_ids(faiss.IDSelectorBatch(keys))
-
-
-def _best(
-    keys: NDArray[np.int64], scores: NDArray[np.float32], k: int, excluded: NDArray[np.int64]
-) -> Hits:
-    kept = keys != -1  # faiss fills up with -1 where it found fewer
-    if len(excluded):
-        kept &= ~np.isin(keys, excluded)
-    keys, scores = keys[kept], scores[kept]
-    order = np.lexsort((keys, -scores))[:k]
-    return Hits(keys[order], scores[order])

@@ -4,9 +4,6 @@
 inverted lists it looks into (nprobe). It is stated for k of about 10 and no filter.
 """
 
-import numpy as np
-from numpy.typing import NDArray
-
 from index.kinds import Kind
 
 _GRAPH_EFFORTS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1_024)
@@ -59,10 +56,3 @@ def candidates(kind: Kind, k: int) -> int:
     if kind == "ivf_pq":
         return 10 * k + 50
     return k
-
-
-def recall(truth: NDArray[np.int64], found: NDArray[np.int64]) -> float:
-    """The part of `truth` [q, k] that is in the same row of `found` [q, m]; -1 is nobody."""
-    real = truth >= 0
-    hits = (truth[:, :, None] == found[:, None, :]).any(axis=2) & real
-    return int(hits.sum()) / max(1, int(real.sum()))

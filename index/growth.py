@@ -65,3 +65,34 @@ class GrowingVector:
             self._outer.resize(size)  # less than there is room for, so nothing moves
         self._room = room
         self._free(larger)
+
+
+def parts_of_graph(
+    graph: Any,
+    codes: Any,
+    *,
+    row_bytes: int,
+    copy: Callable[[Any, Any, int], object],
+    free: Callable[[Any], None],
+) -> list[GrowingVector]:
+    """What grows with each row of faiss's HNSW `graph` and of the `codes` of its flat storage."""
+    links = int(graph.nb_neighbors(1))
+    parts = [
+        (codes, codes.owned_data, 1, row_bytes, 0),
+        # 2 · links on the lowest level and about one above it; levels are drawn by lot.
+        (graph.neighbors, graph.neighbors.owned_data, 4, 2 * links + 2, 40 * links),
+        (graph.levels, graph.levels, 4, 1, 0),
+        (graph.offsets, graph.offsets, 8, 1, 1),
+    ]
+    return [
+        GrowingVector(
+            outer,
+            inner,
+            item_bytes=item_bytes,
+            items_a_row=items,
+            spare=spare,
+            copy=copy,
+            free=free,
+        )
+        for outer, inner, item_bytes, items, spare in parts
+    ]

@@ -29,7 +29,7 @@ class IndexSettings:
         lists: inverted lists of the IVF kinds; None: about 4 √rows.
         pq_bytes: bytes of a vector in `ivf_pq`, a divisor of the dimension; None: about a quarter
             of the dimension.
-        target_recall: the part of the true nearest that `Ann.tune` aims for, in (0, 1].
+        target_recall: the part of the true nearest that searches aim for, in (0, 1].
 
     Raises:
         InvalidSettings: a value is out of its range, or not of its type.

@@ -113,7 +113,11 @@ class Space:
     ) -> Found:
         wanted = candidates(ann.kind, k)
         scores, positions = ann.search(queries, wanted, allowed=allowed, effort=effort)
-        # While this search ran, the structure may have been given rows that blocks have here.
+        # The structure may have been given rows since. Those that blocks have here are found there;
+        # later ones must not take the places of others.
+        if (positions >= self.rows).any():
+            allowed = np.ones(self.built, np.bool_)
+            scores, positions = ann.search(queries, wanted, allowed=allowed, effort=effort)
         positions = np.where(positions < self.built, positions, -1)
         return Found(scores, positions, is_exact=ann.holds_vectors)
 

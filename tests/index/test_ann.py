@@ -1,153 +1,279 @@
 import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from index.ann import FlatIndex
-from index.locks import ReadWriteLock
-from tests.index.helpers import cosines
+from index.ann import Ann, faiss, search_block
+from index.effort import candidates
+from index.errors import InvalidSettings
+from index.kinds import IndexSettings, Kind, Metric
+
+METRICS: list[Metric] = ["cosine", "ip", "l2"]
+KINDS: list[Kind] = ["hnsw", "ivf_sq8", "ivf_pq", "mapped"]
+SETTINGS = IndexSettings(hnsw_m=8, lists=12, pq_bytes=8)
 
 
-def keys(*values: int) -> np.ndarray:
-    return np.array(values, dtype=np.int64)
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """OpenMP's threads spin while they wait for each other, for long where cores are taken."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    yield
+    faiss.omp_set_num_threads(before)
 
 
-def rows(count: int, dimension: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((count, dimension)).astype(np.float32)
+def clustered(count: int, *, seed: int = 0, dimension: int = 32, metric: str = "cosine") -> Any:
+    """Rows in 40 clusters, of unit length for the cosine."""
+    random = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).standard_normal((40, dimension))
+    rows = centres[random.integers(40, size=count)]
+    rows = rows + 0.3 * random.standard_normal((count, dimension))
+    if metric == "cosine":
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows.astype(np.float32)
 
 
-def test_search_agrees_with_brute_force() -> None:
-    data, queries = rows(200, 16), rows(40, 16, seed=1)
-    index = FlatIndex(16)
-    index.upsert(np.arange(200), data * np.float32(7))
-    for query, hits in zip(queries, index.search(queries, 10), strict=True):
-        expected = cosines(query, data)
-        assert hits.keys.tolist() == np.argsort(-expected)[:10].tolist()
-        np.testing.assert_allclose(hits.scores, np.sort(-expected)[:10] * -1, atol=1e-6)
+def exact(queries: Any, rows: Any, metric: str) -> Any:
+    """Scores [queries, rows] in float64: greater is nearer."""
+    wide, others = queries.astype(np.float64), rows.astype(np.float64)
+    if metric == "l2":
+        return -((wide[:, None] - others[None]) ** 2).sum(axis=2)
+    return wide @ others.T
 
 
-def test_an_empty_index_and_a_large_k_give_what_there_is() -> None:
-    index = FlatIndex(4)
-    assert index.search(rows(2, 4), 3)[1].keys.tolist() == []
-    index.upsert(keys(5, 9), rows(2, 4))
-    assert sorted(index.search(rows(1, 4), 100)[0].keys.tolist()) == [5, 9]
+def trained(kind: Kind, metric: Metric, rows: Any, *, settings: IndexSettings = SETTINGS) -> Ann:
+    ann = Ann.train(kind, rows.shape[1], metric, settings, rows, expected_rows=len(rows))
+    assert ann.add(rows) == len(rows)
+    return ann
 
 
-def test_upsert_replaces_and_never_duplicates() -> None:
-    index = FlatIndex(4)
-    index.upsert(keys(1, 2, 3), np.eye(4, dtype=np.float32)[:3])
-    index.upsert(keys(2, 7), np.eye(4, dtype=np.float32)[[3, 1]])
-    assert len(index) == 4
-    (hits,) = index.search(np.eye(4, dtype=np.float32)[[3]], 1)
-    assert hits.keys.tolist() == [2]
-    (hits,) = index.search(np.eye(4, dtype=np.float32)[[1]], 1)
-    assert hits.keys.tolist() == [7]
+def recall(found: Any, truth: Any, k: int) -> float:
+    best = np.argsort(-truth, axis=1)[:, :k]
+    hits = [len(set(a.tolist()) & set(b.tolist())) for a, b in zip(found, best, strict=True)]
+    return sum(hits) / (k * len(hits))
 
 
-def test_a_key_may_come_back_after_removal_and_absent_ones_are_no_error() -> None:
-    index = FlatIndex(4)
-    index.upsert(keys(1, 2), rows(2, 4))
-    index.remove(keys(2, 99))
-    index.remove(keys())
-    assert len(index) == 1
-    index.upsert(keys(2), rows(1, 4))
-    assert len(index) == 2
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("queries", [1, 37])
+def test_blocks_are_searched_exactly(metric: Metric, queries: int) -> None:
+    rows = clustered(300, metric=metric)
+    asked = clustered(queries, seed=1, metric=metric)
+    truth = exact(asked, rows, metric)
+    scores, positions = search_block(asked, rows, 7, metric)
+    np.testing.assert_array_equal(positions, np.argsort(-truth, axis=1)[:, :7])
+    np.testing.assert_allclose(scores, -np.sort(-truth, axis=1)[:, :7], atol=2e-4)
+    allowed = np.zeros(300, np.bool_)
+    allowed[10:14] = True
+    scores, positions = search_block(asked, rows, 7, metric, allowed)
+    best = 10 + np.argsort(-truth[:, 10:14], axis=1)
+    np.testing.assert_array_equal(positions[:, :4], best)
+    assert (positions[:, 4:] == -1).all()
+    assert np.isneginf(scores[:, 4:]).all()
 
 
-@pytest.mark.parametrize("dimension", [3, 7, 384])
-@pytest.mark.parametrize("queries", [1, 30])
-def test_ties_stand_in_order_of_keys_also_at_the_cut(dimension: int, queries: int) -> None:
-    same = np.repeat(rows(1, dimension), 37, axis=0)
-    index = FlatIndex(dimension)
-    order = np.random.default_rng(0).permutation(37)
-    index.upsert(order, same)
-    index.upsert(keys(100), -same[:1])
-    for hits in index.search(same[:queries], 5):
-        assert hits.keys.tolist() == [0, 1, 2, 3, 4]
+def test_near_duplicates_far_from_the_origin_are_told_apart() -> None:
+    """|x|² + |y|² - 2xy would be nothing but rounding here."""
+    rows = (1000 + np.arange(50, dtype=np.float32)[:, None] / 64) * np.ones((1, 8), np.float32)
+    _, positions = search_block(rows, rows, 1, "l2")
+    np.testing.assert_array_equal(positions[:, 0], np.arange(50))
 
 
-def test_excluded_keys_make_room_for_others() -> None:
-    data = rows(50, 4)
-    index = FlatIndex(4)
-    index.upsert(np.arange(50), data)
-    (everything,) = index.search(data[:1], 50)
-    (hits,) = index.search(data[:1], 10, exclude=everything.keys[:30])
-    assert hits.keys.tolist() == everything.keys[30:40].tolist()
-    (hits,) = index.search(data[:1], 10, exclude=everything.keys[:45])
-    assert hits.keys.tolist() == everything.keys[45:].tolist()
+def test_blocks_without_rows_or_queries() -> None:
+    rows = clustered(5)
+    scores, positions = search_block(rows, rows[:0], 3, "ip")
+    assert (positions == -1).all()
+    assert np.isneginf(scores).all()
+    assert search_block(rows[:0], rows, 3, "l2")[1].shape == (0, 3)
+    assert (search_block(rows, rows, 9, "ip")[1][:, 5:] == -1).all()
 
 
-def test_inputs_need_not_be_contiguous() -> None:
-    data = np.asfortranarray(rows(20, 8))[::2, ::-2]
-    index = FlatIndex(4)
-    index.upsert(np.arange(20)[::2], data)
-    (hits,) = index.search(data[3:4], 1)
-    assert hits.keys.tolist() == [6]
-    index.remove(np.arange(20)[::4])
-    assert len(index) == 5
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_nearest_are_found(kind: Kind, metric: Metric) -> None:
+    rows = clustered(3000, metric=metric)
+    asked = clustered(40, seed=1, metric=metric)
+    truth = exact(asked, rows, metric)
+    ann = trained(kind, metric, rows)
+    scores, positions = ann.search(asked, candidates(kind, 10), effort=ann.efforts[-1])
+    assert recall(positions, truth, 10) >= (0.8 if kind == "ivf_pq" else 0.97)
+    assert (np.diff(scores, axis=1) <= 0).all()
+    assert ann.holds_vectors is (kind in ("hnsw", "mapped"))
+    if ann.holds_vectors:
+        np.testing.assert_allclose(
+            scores, np.take_along_axis(truth, positions, axis=1), rtol=1e-4, atol=1e-3
+        )
 
 
-def test_lengths_that_overflow_float32_when_squared_are_normalised() -> None:
-    index = FlatIndex(2)
-    index.upsert(keys(0, 1), np.array([[1e30, 0], [0, 1e-40]], dtype=np.float32))
-    (hits,) = index.search(np.array([[0, 1e38]], dtype=np.float32), 2)
-    assert hits.keys.tolist() == [1, 0]
-    np.testing.assert_allclose(hits.scores, [1, 0], atol=1e-6)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("share", [0.5, 0.05, 0.001])
+def test_k_allowed_rows_are_found_where_there_are_k(
+    kind: Kind, metric: Metric, share: float
+) -> None:
+    rows = clustered(3000, metric=metric)
+    asked = clustered(10, seed=1, metric=metric)
+    # What is allowed is as far from the queries as can be.
+    far = np.argsort(exact(asked, rows, metric).max(axis=0))[: int(3000 * share)]
+    allowed = np.zeros(3000, np.bool_)
+    allowed[far] = True
+    ann = trained(kind, metric, rows)
+    scores, positions = ann.search(asked, 10, allowed=allowed, effort=ann.efforts[-1])
+    there = min(10, len(far))
+    assert (positions[:, :there] >= 0).all()
+    assert allowed[positions[:, :there]].all()
+    assert all(len(set(found[:there].tolist())) == there for found in positions)
+    assert (positions[:, there:] == -1).all()
+    assert np.isneginf(scores[:, there:]).all()
+    truth = exact(asked, rows, metric)
+    truth[:, ~allowed] = -np.inf
+    assert recall(positions[:, :there], truth, there) >= (0.2 if kind == "ivf_pq" else 0.9)
 
 
-def test_readers_share_the_lock_and_a_writer_is_alone() -> None:
-    lock, log = ReadWriteLock(), list[str]()
-
-    def write() -> None:
-        with lock.writing():
-            log.append("write")
-
-    def read() -> None:
-        with lock.reading():
-            log.append("read")
-
-    with lock.reading():
-        with lock.reading():
-            writer = threading.Thread(target=write)
-            writer.start()
-            writer.join(0.1)
-        late_reader = threading.Thread(target=read)
-        late_reader.start()
-        late_reader.join(0.1)
-        assert log == []  # the reader lets the waiting writer go first
-    writer.join(10)
-    late_reader.join(10)
-    assert log == ["write", "read"]
-    with lock.writing():
-        reader = threading.Thread(target=read)
-        reader.start()
-        reader.join(0.1)
-        assert log == ["write", "read"]
-    reader.join(10)
-    assert log == ["write", "read", "read"]
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_rows_can_be_asked_for(kind: Kind) -> None:
+    rows = clustered(400)
+    ann = trained(kind, "cosine", rows, settings=IndexSettings(hnsw_m=4, lists=9, pq_bytes=8))
+    _, positions = ann.search(rows[:3], 500)
+    for found in positions:
+        assert sorted(found[:400].tolist()) == list(range(400))
+        assert (found[400:] == -1).all()
+    nobody = np.zeros(400, np.bool_)
+    assert (ann.search(rows[:3], 5, allowed=nobody)[1] == -1).all()
+    # A shorter mask leaves out what is behind its end.
+    _, positions = ann.search(rows[:3], 500, allowed=np.ones(7, np.bool_))
+    assert all(sorted(found[:8].tolist()) == [-1, *range(7)] for found in positions)
+    assert ann.search(rows[:0], 5)[0].shape == (0, 5)
 
 
-def test_searches_run_beside_changes() -> None:
-    index, data = FlatIndex(8), rows(300, 8)
-    index.upsert(np.arange(100), data[:100])
-    stop, faults = threading.Event(), list[object]()
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_saved_answers_the_same_and_goes_on(
+    kind: Kind, metric: Metric, tmp_path: Path
+) -> None:
+    rows = clustered(2000, metric=metric)
+    asked = clustered(20, seed=1, metric=metric)
+    ann = trained(kind, metric, rows)
+    ann.save(tmp_path / "a")
+    loaded = Ann.load(tmp_path / "a", kind, metric, effort=ann.effort)
+    assert (len(loaded), loaded.dimension, loaded.effort) == (2000, 32, ann.effort)
+    for mine, theirs in zip(ann.search(asked, 10), loaded.search(asked, 10), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    more = clustered(500, seed=2, metric=metric)
+    if kind == "mapped":
+        assert not loaded.can_add
+        with pytest.raises(ValueError, match="cannot be added to"):
+            loaded.add(more)
+        return
+    assert loaded.add(more) == 500
+    asked = more[:40]
+    _, positions = loaded.search(asked, candidates(kind, 1), effort=loaded.efforts[-1])
+    truth = exact(asked, np.concatenate([rows, more]), metric)
+    assert recall(positions, truth, 1) >= 0.9
 
-    def search() -> None:
+
+def test_files_that_are_something_else_are_refused(tmp_path: Path) -> None:
+    rows = clustered(500)
+    path = tmp_path / "a"
+    trained("hnsw", "cosine", rows).save(path)
+    with pytest.raises(ValueError, match="not an index of kind 'ivf_sq8' and metric 'cosine'"):
+        Ann.load(path, "ivf_sq8", "cosine")
+    with pytest.raises(ValueError, match="not an index of kind 'hnsw' and metric 'l2'"):
+        Ann.load(path, "hnsw", "l2")
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="a: not an index that faiss can read"):
+        Ann.load(path, "hnsw", "cosine")
+    with pytest.raises(OSError, match="faiss could not write it"):
+        trained("hnsw", "cosine", rows).save(tmp_path / "none" / "a")
+
+
+def test_what_cannot_be_trained() -> None:
+    rows = clustered(300)
+    with pytest.raises(ValueError, match="kind must be one with a structure, got 'flat'"):
+        Ann.train("flat", 32, "ip", SETTINGS, rows, 300)
+    with pytest.raises(ValueError, match="at least 256 rows, got 255"):
+        Ann.train("ivf_sq8", 32, "ip", SETTINGS, rows[:255], 300)
+    with pytest.raises(ValueError, match="at least 256 rows, got 0"):
+        Ann.train("mapped", 32, "ip", SETTINGS, None, 300)
+    with pytest.raises(InvalidSettings, match="pq_bytes must divide the dimension, 32, got 7"):
+        Ann.train("ivf_pq", 32, "ip", IndexSettings(pq_bytes=7), rows, 300)
+
+
+@pytest.mark.parametrize("kind", ["ivf_sq8", "ivf_pq", "mapped"])
+def test_the_same_sample_gives_the_same_structure(kind: Kind) -> None:
+    rows = clustered(1000)
+    one, other = (trained(kind, "cosine", rows).search(rows[:50], 5) for _ in range(2))
+    np.testing.assert_array_equal(one[1], other[1])
+    np.testing.assert_array_equal(one[0], other[0])
+
+
+def test_many_lists_are_found_through_a_graph() -> None:
+    rows = clustered(45_000, dimension=8)
+    settings = IndexSettings(lists=1_100)
+    ann = Ann.train("ivf_sq8", 8, "cosine", settings, rows, expected_rows=len(rows))
+    ann.add(rows[:5000])
+    truth = exact(rows[:30], rows[:5000], "cosine")
+    _, positions = ann.search(rows[:30], 10, effort=256)
+    assert recall(positions, truth, 10) >= 0.8
+
+
+def test_a_graph_grows_as_if_it_had_never_been_moved() -> None:
+    """Its vectors and links are moved to larger places while it grows; nothing is lost."""
+    rows = clustered(6000, dimension=16)
+    ann = Ann.train("hnsw", 16, "cosine", IndexSettings(hnsw_m=4), None, expected_rows=10)
+    before = ann.memory_bytes
+    for start in range(0, 6000, 300):
+        ann.add(rows[start : start + 300])
+        assert len(ann) == start + 300
+    scores, positions = ann.search(rows[::10], 1, effort=512)
+    found = positions[:, 0] == np.arange(0, 6000, 10)
+    assert found.mean() > 0.99
+    np.testing.assert_allclose(scores[found, 0], 1, atol=1e-5)
+    raw = rows.nbytes
+    assert before < raw < ann.memory_bytes < 3 * raw + 6000 * 60
+
+
+def test_additions_can_be_stopped_and_gone_on_with() -> None:
+    rows = clustered(5000)
+    ann = Ann.train("hnsw", 32, "cosine", SETTINGS, None, expected_rows=5000)
+    calls = iter([False, False, True])
+    added = ann.add(rows, should_stop=lambda: next(calls))
+    assert 0 < added == len(ann) < 5000
+    ann.add(rows[added:])
+    assert len(ann) == 5000
+    _, positions = ann.search(rows[:200], 1, effort=512)
+    assert (positions[:, 0] == np.arange(200)).mean() > 0.97
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "ivf_sq8"])
+def test_searches_run_beside_additions(kind: Kind) -> None:
+    rows = clustered(6000)
+    ann = Ann.train(kind, 32, "cosine", SETTINGS, rows[:2000], expected_rows=2000)
+    ann.add(rows[:2000])
+    allowed = np.ones(2000, np.bool_)
+    stop, faults, searches = threading.Event(), list[object](), [0]
+
+    def search(seed: int) -> None:
+        asked = clustered(4, seed=seed)
         while not stop.is_set():
-            (hits,) = index.search(data[:1], 100)
-            if len(hits.keys) != 100 or 0 not in hits.keys[:1]:
-                faults.append(hits)
+            for mask in (None, allowed):
+                scores, positions = ann.search(asked, 10, allowed=mask)
+                if (positions < 0).any() or (np.diff(scores, axis=1) > 0).any():
+                    faults.append(positions)
+                if mask is not None and (positions >= 2000).any():
+                    faults.append(positions)
+            searches[0] += 1
 
-    threads = [threading.Thread(target=search) for _ in range(3)]
+    threads = [threading.Thread(target=search, args=(seed,)) for seed in range(2)]
     for thread in threads:
         thread.start()
-    for start in range(100, 300, 5):
-        index.upsert(np.arange(start, start + 5), data[start : start + 5])
-        index.upsert(np.arange(start - 50, start), data[start - 50 : start])
-        if start >= 200:
-            index.remove(np.arange(start - 100, start - 95))
+    ann.add(rows[2000:])
+    while searches[0] < 20:
+        threads[0].join(0.01)
     stop.set()
     for thread in threads:
         thread.join()
     assert faults == []
-    assert len(index) == 200
+    assert len(ann) == 6000
