@@ -173,8 +173,8 @@ class Database:
         """The error to raise when the file is not as it was written; says what can be done."""
         return StoreDamaged(
             f"{self._described} cannot be read: {reason}. Other collections are not affected. "
-            f"Put back a copy of its folder from a backup, or delete the collection and fill it "
-            f"again."
+            f"Restore a snapshot of it, put back a copy of its folder from a backup, or delete the "
+            f"collection and fill it again."
         )
 
     def _borrow(self) -> sqlite3.Connection:
