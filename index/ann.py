@@ -111,6 +111,7 @@ class Ann:
             self._growing = parts_of_graph(
                 index.hnsw, codes, row_bytes=4 * self.dimension, copy=faiss.memcpy, free=_free
             )
+        self._unfiltered: dict[int, Any] = {}
 
     @classmethod
     def train(
@@ -239,7 +240,8 @@ class Ann:
         `allowed` [m] leaves out positions that are False, or m and above. Where k (allowed) rows
         exist, k are found: what the structure cannot find is looked for exactly.
         """
-        queries, rows = _matrix(queries), len(self)
+        # Without the lock: what an addition under way has counted already is there below.
+        queries, rows = _matrix(queries), int(self._index.ntotal)
         scores, positions = _nothing(len(queries), k)
         chosen = rows if allowed is None else int(np.count_nonzero(allowed[:rows]))
         if allowed is not None and exact_is_cheaper(
@@ -295,7 +297,11 @@ class Ann:
     def _parameters(self, effort: int, k: int, share: float, selector: Any) -> Any:
         if self.kind == "hnsw":
             kept = candidates_kept(effort, k, share)
-            return faiss.SearchParametersHNSW(efSearch=kept, sel=selector)
+            if selector is not None:
+                return faiss.SearchParametersHNSW(efSearch=kept, sel=selector)
+            if kept not in self._unfiltered:  # searches share one: making it takes 15 µs
+                self._unfiltered[kept] = faiss.SearchParametersHNSW(efSearch=kept)
+            return self._unfiltered[kept]
         lists = lists_probed(effort, self._lists, share)
         coarse = None
         if isinstance(self._index.quantizer, faiss.IndexHNSW):

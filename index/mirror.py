@@ -192,8 +192,10 @@ class Mirror:
         if not parts:
             empty = np.empty(0, np.float32), np.empty(0, np.int64)
             return [empty for _ in queries]
-        scores = np.concatenate([part.scores for part in parts], axis=1)
-        positions = np.concatenate([part.positions for part in parts], axis=1)
+        scores, positions = parts[0].scores, parts[0].positions
+        if len(parts) > 1:
+            scores = np.concatenate([part.scores for part in parts], axis=1)
+            positions = np.concatenate([part.positions for part in parts], axis=1)
         found = []
         for row_scores, row_positions in zip(scores, positions, strict=True):
             is_one = row_positions >= 0

@@ -207,8 +207,12 @@ def is_possible_id(value: object) -> bool:
     return (
         isinstance(value, str)
         and 1 <= len(value) <= MAX_ID_CHARACTERS
-        # Cc: control characters. Cs: half of a surrogate pair, which no UTF-8 can hold.
-        and not any(unicodedata.category(character) in {"Cc", "Cs"} for character in value)
+        # Cc: control characters. Cs: half of a surrogate pair, which no UTF-8 can hold. What is
+        # printable has neither, and most ids are.
+        and (
+            value.isprintable()
+            or not any(unicodedata.category(character) in {"Cc", "Cs"} for character in value)
+        )
     )
 
 
@@ -236,6 +240,14 @@ def _check_numbers(
     if not fits:
         wanted = ", ".join("n" if size is None else str(size) for size in shape)
         raise InvalidVector(f"{described}: expected shape [{wanted}], got {list(given.shape)}")
+    if given.ndim == 1 and given.dtype == np.float32:
+        copied = np.array(given, dtype=np.float32, order="C")
+        # One product tells that all is well: NaN and infinity come through, all zeros give zero.
+        # What over- or underflows is looked at more closely below.
+        with np.errstate(over="ignore", invalid="ignore"):
+            square = float(copied.dot(copied))
+        if 0.0 < square < np.inf:
+            return copied
     # What is too large for float32 becomes infinite here and is refused below.
     with np.errstate(over="ignore"):
         copied = np.array(given, dtype=np.float32, order="C")
@@ -257,15 +269,26 @@ def _metadata_to_json(record_id: str, metadata: Mapping[str, Any]) -> str:
         raise InvalidRecord(f"{what}, got {type(metadata).__name__}")
     given = dict(metadata)
     try:
-        text = json.dumps(given, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        text = _TO_JSON.encode(given)
         text.encode()  # refuses half a surrogate pair
-        # json.dumps turns the key 1 into "1" and a tuple into a list without a word.
-        returns_equal = json.loads(text) == given
+        # The encoder turns the key 1 into "1" and a tuple into a list without a word.
+        returns_equal = _is_plain(given) or json.loads(text) == given
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRecord(f"{what}: {error}") from error
     if not returns_equal:
         raise InvalidRecord(f"{what}: its keys must be strings and its sequences lists")
     return text
+
+
+def _is_plain(metadata: dict[Any, Any]) -> bool:
+    """Whether all keys are strings, and all values of a kind that JSON gives back as it was."""
+    return all(type(key) is str for key in metadata) and all(
+        type(value) in _PLAIN for value in metadata.values()
+    )
+
+
+_PLAIN = frozenset({str, int, float, bool, type(None)})
+_TO_JSON = json.JSONEncoder(sort_keys=True, ensure_ascii=False, allow_nan=False)
 
 
 def _shorten(value: object) -> str:

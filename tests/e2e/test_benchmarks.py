@@ -2,6 +2,9 @@
 
 import json
 import sys
+from pathlib import Path
+
+import numpy as np
 
 from tests.training.conftest import finish
 
@@ -27,3 +30,30 @@ def test_extraction_against_the_forward() -> None:
     for name in ("extraction_ratio", "knn_seconds", "queries_seconds", "knn_vs_extraction"):
         assert found[name] > 0
     assert found["settings"]["workers"] == 0
+
+
+def test_the_index_beside_others(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    centres = rng.standard_normal((30, 12))[rng.integers(30, size=1000)]
+    vectors = (2 * centres + rng.standard_normal((1000, 12))) @ rng.standard_normal((12, 32))
+    np.save(tmp_path / "real.npy", vectors.astype(np.float32))
+    sizes = ["--sizes=2000", "--kind=hnsw", "--queries=50", "--rounds=1"]
+    files = [f"--vectors={tmp_path / 'real.npy'}", f"--folder={tmp_path}"]
+    plot = ["--plot", str(tmp_path / "growth.png")]
+    status, out, err = finish(
+        [sys.executable, "benchmarks/index.py", *sizes, *files, *plot, "--skip=hnswlib", "--json"]
+    )
+    assert status == 0, err
+    found = json.loads(out.splitlines()[-1])
+    for name in ("p50_ms", "vs_faiss", "ingest_per_s", "cold_start_s", "memory_ratio"):
+        assert found[name] > 0
+    assert 0.9 <= found["recall_at_10"] <= 1
+    assert set(found["sizes"]) == {"2000"}
+    largest = found["sizes"]["2000"]
+    assert set(largest["rivals"]) == {"faiss", "numpy"}
+    assert largest["rivals"]["numpy"]["recall_at_10"] >= 0.999
+    assert largest["rivals"]["faiss"]["recall_at_10"] >= found["recall_at_10"]
+    assert all(each["recall_at_10"] >= 0.9 for each in largest["filtered"].values())
+    assert largest["growing"]["calm_max_ms"] > 0
+    assert (tmp_path / "growth.png").stat().st_size > 10_000
+    assert {p.name for p in tmp_path.iterdir()} == {"real.npy", "growth.png"}
