@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ MAX_HOLD_S = 0.05
 Found = tuple[NDArray[np.float32], NDArray[np.int64]]
 """Scores and positions [q, k], best first; -inf and -1 where fewer than k were found."""
 
+_PIECE_BYTES = 8 << 20
 _QUERIES_A_HOLD = 32
 _ROWS_A_HOLD = 65_536
 # hnsw: faiss adds on one core where no more than 100 vectors of a call are of one level.
@@ -186,11 +188,8 @@ class Ann:
         Raises:
             OSError: the file could not be written.
         """
-        with self._adding:
-            try:
-                faiss.write_index(self._index, str(path))
-            except RuntimeError as error:
-                raise OSError(f"{path.name}: faiss could not write it: {error}") from error
+        with self._adding, path.open("wb", buffering=0) as file:
+            _write_index(self._index, file)
 
     def __len__(self) -> int:
         with self._lock.reading():
@@ -426,6 +425,29 @@ def _inverted_file(
     if graph:
         index.quantizer_trains_alone = 2  # the lists' centres come from k-means, not from the graph
     return index
+
+
+def _write_index(index: Any, file: FileIO) -> None:
+    """By Python's own writes: C's buffer would lose its last part on a full disk without an error.
+
+    In large pieces, because each waits for the interpreter's lock.
+    """
+    failed: list[OSError] = []
+
+    def write(piece: bytes) -> None:
+        left = memoryview(piece)
+        try:
+            while left and not failed:
+                left = left[file.write(left) :]
+        except OSError as error:  # kept for later: faiss's buffer writes where nothing may raise
+            failed.append(error)
+
+    inner = faiss.PyCallbackIOWriter(write, _PIECE_BYTES)
+    outer = faiss.BufferedIOWriter(inner, _PIECE_BYTES)
+    faiss.write_index(index, outer)
+    del outer  # which writes what is left in its buffer
+    if failed:
+        raise failed[0]
 
 
 @contextmanager
