@@ -444,8 +444,12 @@ def _write_index(index: Any, file: FileIO) -> None:
 
     inner = faiss.PyCallbackIOWriter(write, _PIECE_BYTES)
     outer = faiss.BufferedIOWriter(inner, _PIECE_BYTES)
-    faiss.write_index(index, outer)
-    del outer  # which writes what is left in its buffer
+    try:
+        faiss.write_index(index, outer)
+    finally:
+        # Writes what is left in the buffer; now, and not when the last reference has gone.
+        outer.thisown = False
+        type(outer).__swig_destroy__(outer)
     if failed:
         raise failed[0]
 

@@ -14,7 +14,7 @@ def built(kind: Kind, rows: int) -> Ann:
     return ann
 
 
-@pytest.mark.parametrize("rows", [10, 5000])
+@pytest.mark.parametrize("rows", [10, 500])
 def test_an_index_whose_last_bytes_do_not_fit_is_an_error(rows: int) -> None:
     # Into the file that is always full. C's own buffer swallows its refusal of the last 4096 bytes.
     with pytest.raises(OSError, match="No space left on device"):
@@ -23,7 +23,7 @@ def test_an_index_whose_last_bytes_do_not_fit_is_an_error(rows: int) -> None:
 
 @pytest.mark.parametrize("kind", ["hnsw", "ivf_sq8", "ivf_pq"])
 def test_what_was_saved_answers_alike(tmp_path: Path, kind: Kind) -> None:
-    ann = built(kind, 3000)
+    ann = built(kind, 1000)
     ann.save(tmp_path / "ann")
     again = Ann.load(tmp_path / "ann", kind, "l2", effort=ann.effort)
     queries = np.random.default_rng(1).standard_normal((20, 8)).astype(np.float32)
