@@ -76,6 +76,9 @@ class Builder:
                 self._running = None
                 if has_more and maintenance not in self._waiting:
                     self._waiting.append(maintenance)
+                elif (at := maintenance.again_at) is not None:
+                    others = [each for each in self._failed if each[1] is not maintenance]
+                    self._failed = [*others, (at, maintenance)]
                 self._changed.notify_all()
 
     def _next(self) -> Maintenance | None:

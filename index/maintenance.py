@@ -74,6 +74,11 @@ class Maintenance:
         """Measure recall, and set the effort of a search by it, whether rows were added or not."""
         self._tuned_rows = dict.fromkeys(self._tuned_rows, 0)
 
+    @property
+    def again_at(self) -> float | None:
+        """When there is something to be tried again (time.monotonic()); None: nothing is."""
+        return None if self._is_closing else self._save_not_before or None
+
     def stop(self) -> None:
         """Let the running step end soon, and let no further one begin."""
         self._is_closing = True
@@ -84,6 +89,8 @@ class Maintenance:
             return False
         if self._work is None:
             self._is_asked = False
+            if time.monotonic() >= self._save_not_before:
+                self._save_not_before = 0.0
             self._work = self._all_work()
         try:
             next(self._work)
