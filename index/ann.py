@@ -9,8 +9,9 @@ call, each on that one thread; additions use as many as OpenMP was started with.
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from numpy.typing import NDArray
 
 from index.effort import candidates_kept, efforts, exact_is_cheaper, lists_probed
 from index.growth import GrowingVector, parts_of_graph
-from index.kinds import IndexSettings, Kind, Metric, is_trained, lists_for, pq_bytes_for
+from index.hits import Hits, best_hits, no_hits, put_hits
+from index.index_file import write_index
+from index.inverted import inverted_file
+from index.kinds import IndexSettings, Kind, Metric, is_trained, lists_for
 from index.locks import Pace, ReadWriteLock
 
 faiss: Any = _faiss  # its type stubs lack half of what is used here
@@ -28,15 +32,12 @@ faiss: Any = _faiss  # its type stubs lack half of what is used here
 HOLD_S = 0.02  # how long, in seconds, additions aim to keep searches waiting
 MAX_HOLD_S = 0.05  # the stated bound on it, on a machine whose cores are not all taken by others
 
-Found = tuple[NDArray[np.float32], NDArray[np.int64]]
-"""Scores and positions [q, k], best first; -inf and -1 where fewer than k were found."""
-
-_QUERIES_A_HOLD = 32
 _ROWS_A_HOLD = 65_536
 # hnsw: faiss adds on one core where no more than 100 vectors of a call are of one level.
 _PARALLEL_FROM = 112
 _POINTS_A_LIST = 39  # the fewest that faiss's k-means takes without a complaint
-_COARSE_GRAPH_FROM = 1_000  # lists from which finding the nearest ones is worth a graph
+
+Search = Callable[[NDArray[np.float32]], Hits]
 
 
 def search_block(
@@ -45,14 +46,14 @@ def search_block(
     k: int,
     metric: Metric,
     allowed: NDArray[np.bool_] | None = None,
-) -> Found:
+) -> Hits:
     """The k nearest of `vectors` [m, d] to each of `queries` [q, d], exactly.
 
     `vectors` is read where it stands (a slice of whole rows is good). `allowed` [m] leaves out the
     rows that are False. Positions are rows of `vectors`.
     """
     queries, vectors = _matrix(queries), _matrix(vectors)
-    scores, positions = _nothing(len(queries), k)
+    scores, positions = no_hits(len(queries), k)
     selector = None if allowed is None else _bitmap(allowed)
     width = min(k, len(vectors))
     if not width:
@@ -70,7 +71,7 @@ def search_block(
                 faiss.knn_L2sqr(*pointers, *sizes, *results, None, selector)
             else:
                 faiss.knn_inner_product(*pointers, *sizes, *results, selector)
-            _put(found, metric, scores[start : start + step], positions[start : start + step])
+            put_hits(found, metric, scores[start : start + step], positions[start : start + step])
     return scores, positions
 
 
@@ -89,11 +90,21 @@ class Ann:
             best `candidates(kind, k)` are to be ranked anew.
         can_add: False for one whose lists stay on disk.
         effort: how hard a search tries, see index/effort.py.
+        structure: the settings that it was made with, `IndexSettings.structure`.
     """
 
-    def __init__(self, index: Any, kind: Kind, metric: Metric, *, effort: int | None) -> None:
+    def __init__(
+        self,
+        index: Any,
+        kind: Kind,
+        metric: Metric,
+        *,
+        structure: Mapping[str, Any],
+        effort: int | None = None,
+    ) -> None:
         """Use `train` or `load`."""
         self.kind = kind
+        self.structure = dict(structure)
         self.metric = metric
         self.dimension = int(index.d)
         self.holds_vectors = kind in ("hnsw", "mapped")
@@ -136,7 +147,7 @@ class Ann:
         if kind == "hnsw":
             index = faiss.IndexHNSWFlat(dimension, settings.hnsw_m, measure)
             index.hnsw.efConstruction = settings.ef_construction
-            ann = cls(index, kind, metric, effort=None)
+            ann = cls(index, kind, metric, structure=settings.structure())
             ann._reserve(expected_rows)
             return ann
         if not is_trained(kind):
@@ -145,14 +156,22 @@ class Ann:
             rows = 0 if sample is None else len(sample)
             raise ValueError(f"kind {kind!r} trains on a sample of at least 256 rows, got {rows}")
         lists = min(lists_for(settings, expected_rows), max(1, len(sample) // _POINTS_A_LIST))
-        index = _inverted_file(kind, dimension, measure, lists, settings)
+        index = inverted_file(faiss, kind, dimension, measure, lists, settings)
         index.cp.spherical = metric != "l2"
         index.cp.min_points_per_centroid = 1  # fewer are as good as it gets: no complaint on stderr
         index.train(_matrix(sample))
-        return cls(index, kind, metric, effort=None)
+        return cls(index, kind, metric, structure=settings.structure())
 
     @classmethod
-    def load(cls, path: Path, kind: Kind, metric: Metric, *, effort: int | None = None) -> "Ann":
+    def load(
+        cls,
+        path: Path,
+        kind: Kind,
+        metric: Metric,
+        *,
+        structure: Mapping[str, Any],
+        effort: int | None = None,
+    ) -> "Ann":
         """What `save` wrote. `mapped` stays in the file, which must stay where it is.
 
         Raises:
@@ -164,9 +183,9 @@ class Ann:
         except RuntimeError as error:
             raise ValueError(f"{path.name}: not an index that faiss can read: {error}") from error
         measure = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
-        if not isinstance(index, _CLASSES[kind]) or index.metric_type != measure:
+        if not isinstance(index, _CLASSES.get(kind, ())) or index.metric_type != measure:
             raise ValueError(f"{path.name}: not an index of kind {kind!r} and metric {metric!r}")
-        ann = cls(index, kind, metric, effort=effort)
+        ann = cls(index, kind, metric, structure=structure, effort=effort)
         ann.can_add = kind != "mapped"
         return ann
 
@@ -176,11 +195,8 @@ class Ann:
         Raises:
             OSError: the file could not be written.
         """
-        with self._adding:
-            try:
-                faiss.write_index(self._index, str(path))
-            except RuntimeError as error:
-                raise OSError(f"{path.name}: faiss could not write it: {error}") from error
+        with self._adding, path.open("wb", buffering=0) as file:
+            write_index(faiss, self._index, file)
 
     def __len__(self) -> int:
         with self._lock.reading():
@@ -234,7 +250,7 @@ class Ann:
         *,
         allowed: NDArray[np.bool_] | None = None,
         effort: int | None = None,
-    ) -> Found:
+    ) -> Hits:
         """The k nearest positions to each of `queries` [q, dimension].
 
         `allowed` [m] leaves out positions that are False, or m and above. Where k (allowed) rows
@@ -242,57 +258,103 @@ class Ann:
         """
         # Without the lock: what an addition under way has counted already is there below.
         queries, rows = _matrix(queries), int(self._index.ntotal)
-        scores, positions = _nothing(len(queries), k)
+        effort = effort or self.effort
         chosen = rows if allowed is None else int(np.count_nonzero(allowed[:rows]))
         if allowed is not None and exact_is_cheaper(
-            self.kind, self.effort, allowed=chosen, rows=rows, lists=self._lists
+            self.kind, effort, allowed=chosen, rows=rows, lists=self._lists
         ):
             return self.search_rows(queries, np.flatnonzero(allowed[:rows]), k)
         if not chosen or not len(queries):
-            return scores, positions
+            return no_hits(len(queries), k)
         selector = None if allowed is None else _bitmap(allowed)
         width = min(k, chosen)
-        parameters = self._parameters(effort or self.effort, width, chosen / rows, selector)
-        with _one_thread():
-            for start in range(0, len(queries), _QUERIES_A_HOLD):
-                part = slice(start, start + _QUERIES_A_HOLD)
-                with self._lock.reading():
-                    found = self._index.search(queries[part], width, params=parameters)
-                _put(found, self.metric, scores[part], positions[part])
+        parameters = self._parameters(effort, width, chosen / rows, selector)
+        scores, positions = self._in_holds(
+            queries, k, lambda part: self._index.search(part, width, params=parameters)
+        )
         short = np.flatnonzero(positions[:, width - 1] < 0)
         if len(short):
             among = np.arange(rows) if allowed is None else np.flatnonzero(allowed[:rows])
-            found = self.search_rows(queries[short], among, k)
-            scores[short], positions[short] = found
+            scores[short], positions[short] = self.search_rows(queries[short], among, k)
         return scores, positions
 
-    def search_rows(
-        self,
-        queries: NDArray[np.float32],
-        among: NDArray[np.int64],
-        k: int,
-    ) -> Found:
+    def search_rows(self, queries: NDArray[np.float32], among: NDArray[np.int64], k: int) -> Hits:
         """The k nearest to each query among the positions `among` [m], by looking at each of them.
 
         Exact where the structure `holds_vectors`.
         """
-        queries, among = _matrix(queries), np.ascontiguousarray(among, dtype=np.int64)
-        scores, positions = _nothing(len(queries), k)
-        width = min(k, len(among))
-        if not width:
-            return scores, positions
-        step = max(1, _ROWS_A_HOLD // len(among)) if self.kind == "hnsw" else 1
+        queries = _matrix(queries)
+        best = no_hits(len(queries), k)
+        if len(among) and len(queries):
+            for scan in self._scans(np.ascontiguousarray(among, dtype=np.int64), k):
+                best = best_hits(best, self._in_holds(queries, k, scan))
+        return best
+
+    def _in_holds(self, queries: NDArray[np.float32], k: int, search: Search) -> Hits:
+        """Search some queries at a time, for about as long as an addition holds the structure.
+
+        An addition waits for the searches before it, and later ones wait behind it.
+        """
+        scores, positions = no_hits(len(queries), k)
+        pace, start = Pace(HOLD_S, first=1), 0
         with _one_thread():
-            for start in range(0, len(queries), step):
-                part = slice(start, start + step)
+            while start < len(queries):
+                part = slice(start, start + pace.items)
                 with self._lock.reading():
-                    if self.kind == "hnsw":
-                        chosen = faiss.SearchParameters(sel=faiss.IDSelectorArray(among))
-                        found = self._index.storage.search(queries[part], width, params=chosen)
-                    else:
-                        found = self._search_every_list(queries[part], among, width)
-                _put(found, self.metric, scores[part], positions[part])
+                    started = time.perf_counter()
+                    found = search(queries[part])
+                    held_s = time.perf_counter() - started
+                put_hits(found, self.metric, scores[part], positions[part])
+                pace.record(len(found[0]), held_s)
+                start += len(found[0])
         return scores, positions
+
+    def _scans(self, among: NDArray[np.int64], k: int) -> Iterator[Search]:
+        """Searches that look at each row of `among`, a part of them each."""
+        if self.kind == "hnsw":
+            storage = self._index.storage
+            for start in range(0, len(among), _ROWS_A_HOLD):
+                rows = among[start : start + _ROWS_A_HOLD]
+                chosen = faiss.SearchParameters(sel=faiss.IDSelectorArray(rows))
+                width = min(k, len(rows))
+                yield partial(storage.search, k=width, params=chosen)
+            return
+        # The centres from the quantizer, and not its own search: a graph may miss some lists.
+        centroids = self._index.quantizer.reconstruct_n(0, self._lists)
+        allowed = np.zeros(int(among[-1]) + 1, dtype=np.bool_)
+        allowed[among] = True
+        selector = _bitmap(allowed)
+        lists_a_hold = max(1, self._lists * _ROWS_A_HOLD // max(1, int(self._index.ntotal)))
+        for first in range(0, self._lists, lists_a_hold):
+            lists = np.arange(first, min(first + lists_a_hold, self._lists), dtype=np.int64)
+            yield partial(
+                self._search_lists, lists=lists, centroids=centroids[lists], selector=selector, k=k
+            )
+
+    def _search_lists(
+        self,
+        queries: NDArray[np.float32],
+        lists: NDArray[np.int64],
+        centroids: NDArray[np.float32],
+        selector: Any,
+        k: int,
+    ) -> Hits:
+        parameters = faiss.SearchParametersIVF(nprobe=len(lists), sel=selector)
+        near = queries @ centroids.T
+        if self.metric == "l2":
+            near = np.stack([np.square(centroids - query).sum(axis=1) for query in queries])
+        order = np.tile(lists, (len(queries), 1))
+        found = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+        arrays = (order, np.ascontiguousarray(near), *found)
+        self._index.search_preassigned_c(
+            len(queries),
+            faiss.swig_ptr(queries),
+            k,
+            *(faiss.swig_ptr(array) for array in arrays),
+            False,
+            parameters,
+        )
+        return found
 
     def _parameters(self, effort: int, k: int, share: float, selector: Any) -> Any:
         if self.kind == "hnsw":
@@ -308,26 +370,6 @@ class Ann:
             coarse = faiss.SearchParametersHNSW(efSearch=max(64, 2 * lists))
         return faiss.SearchParametersIVF(nprobe=lists, sel=selector, quantizer_params=coarse)
 
-    def _search_every_list(
-        self, queries: NDArray[np.float32], among: NDArray[np.int64], k: int
-    ) -> Found:
-        index, lists = self._index, self._lists
-        # Not by the quantizer's own search: a graph may miss some lists.
-        centroids = index.quantizer.reconstruct_n(0, lists)
-        allowed = np.zeros(int(index.ntotal), dtype=np.bool_)
-        allowed[among] = True
-        parameters = faiss.SearchParametersIVF(nprobe=lists, sel=_bitmap(allowed))
-        found = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
-        near = queries @ centroids.T
-        if self.metric == "l2":
-            near = ((queries[:, None, :] - centroids[None]) ** 2).sum(axis=2)
-        order = np.tile(np.arange(lists, dtype=np.int64), (len(queries), 1))
-        pointers = [faiss.swig_ptr(a) for a in (order, np.ascontiguousarray(near), *found)]
-        index.search_preassigned_c(
-            len(queries), faiss.swig_ptr(queries), k, *pointers, False, parameters
-        )
-        return found
-
     def _reserve(self, rows: int) -> None:
         for part in self._growing:
             part.reserve(rows, self._lock)
@@ -339,30 +381,6 @@ def _free(vector: Any) -> None:
         holder = faiss.IndexFlatL2(1)
         holder.codes.owned_data.swap(vector)
         holder.permute_entries(np.empty(0, np.int64))
-
-
-def _inverted_file(
-    kind: Kind, dimension: int, measure: int, lists: int, settings: IndexSettings
-) -> Any:
-    graph = lists > _COARSE_GRAPH_FROM
-    coarse = (
-        faiss.IndexHNSWFlat(dimension, 32, measure)
-        if graph
-        else faiss.IndexFlat(dimension, measure)
-    )
-    if kind == "mapped":
-        index = faiss.IndexIVFFlat(coarse, dimension, lists, measure)
-    elif kind == "ivf_sq8":
-        codes = faiss.ScalarQuantizer.QT_8bit
-        index = faiss.IndexIVFScalarQuantizer(coarse, dimension, lists, codes, measure)
-    else:
-        parts = pq_bytes_for(settings, dimension)
-        index = faiss.IndexIVFPQ(coarse, dimension, lists, parts, 8, measure)
-        index.pq.cp.min_points_per_centroid = 1
-        index.use_precomputed_table = -1  # faster for l2 alone, at lists · parts · 1 KiB of memory
-    if graph:
-        index.quantizer_trains_alone = 2  # the lists' centres come from k-means, not from the graph
-    return index
 
 
 @contextmanager
@@ -382,20 +400,6 @@ def _bitmap(allowed: NDArray[np.bool_]) -> Any:
 
 def _matrix(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.ascontiguousarray(rows, dtype=np.float32)
-
-
-def _nothing(queries: int, k: int) -> Found:
-    return np.full((queries, k), -np.inf, np.float32), np.full((queries, k), -1, np.int64)
-
-
-def _put(
-    found: Found, metric: Metric, scores: NDArray[np.float32], positions: NDArray[np.int64]
-) -> None:
-    """Put what faiss found into the first columns of `scores` and `positions`."""
-    width = found[0].shape[1]
-    better = -found[0] if metric == "l2" else found[0]
-    scores[:, :width] = np.where(found[1] < 0, -np.inf, better)
-    positions[:, :width] = found[1]
 
 
 _CLASSES = {

@@ -50,13 +50,14 @@ class CachedIndex:
     Attributes:
         path: the file for `Ann.load`. It may stay mapped when a later generation takes its place.
         numbers: int64 [n], the row number at each position.
-        generation, effort, kind, described: as given to `write_cache`.
+        generation, effort, recall, kind, described: as given to `write_cache`.
     """
 
     path: Path
     numbers: NDArray[np.int64]
     generation: int
     effort: int
+    recall: float | None
     kind: str
     described: dict[str, Any]
 
@@ -69,6 +70,7 @@ def write_cache(
     numbers: NDArray[np.int64],
     kind: str,
     effort: int,
+    recall: float | None = None,
     described: Mapping[str, Any],
     generation: int,
 ) -> int:
@@ -80,6 +82,7 @@ def write_cache(
         folder: the collection's, which must exist.
         save: writes the structure to the path it is given and raises when it cannot.
         numbers: int64 [n], the row number at each position.
+        recall: as measured at this effort; None: it was not.
         described: JSON values that must be equal for the structure to be of use when it is read:
             the collection's own identity, metric, dimension, model, version of the library.
         generation: greater than every one tried before; a number that was left out does no harm.
@@ -109,6 +112,7 @@ def write_cache(
                 "generation": generation,
                 "kind": kind,
                 "effort": effort,
+                "recall": recall,
                 "described": described,
                 "count": len(numbers),
                 "files": _write_files(where, space, generation, save, numbers),
@@ -147,6 +151,7 @@ def read_cache(folder: Path, space: str, *, described: Mapping[str, Any]) -> Cac
         numbers=np.load(rows, allow_pickle=False),
         generation=manifest["generation"],
         effort=manifest["effort"],
+        recall=manifest["recall"],
         kind=manifest["kind"],
         described=manifest["described"],
     )

@@ -199,11 +199,13 @@ class Collection:
         check_positive(limit=limit)
         after = 0 if cursor is None else _key_from_cursor(cursor)
         chosen = None if filter is None else parse_filter(filter)
-        found = self._store.records_after(
-            after,
-            limit + 1,
-            with_vectors=with_vectors,
-            among=None if chosen is None else self._mirror.matching_rows(chosen),
+        found = self._mirror.between_writes(
+            lambda: self._store.records_after(
+                after,
+                limit + 1,
+                with_vectors=with_vectors,
+                among=None if chosen is None else self._mirror.matching_rows(chosen),
+            )
         )
         shown = found[:limit]
         is_last = len(found) == len(shown)
@@ -265,17 +267,16 @@ class Collection:
 
     def configure(self, settings: IndexSettings) -> None:
         """Ask for another kind of index. It is built while the present one answers."""
-        before = self._mirror.settings
 
         def write(connection: Any) -> tuple[None, writes.Changes]:
             text = json.dumps(settings.to_dict())
             connection.execute("UPDATE collection SET settings = ?", (text,))
             return None, NOTHING
 
-        self._mirror.commits.run(write, alone=True)
-        self._mirror.settings = settings
-        if settings.structure() != before.structure():
-            self._maintenance.force_rebuild()
+        with self._mirror.commits.paused():  # so that memory and file have the same in the end
+            before = self._mirror.settings
+            self._mirror.commits.run(write, alone=True)
+            self._mirror.settings = settings
         if settings.target_recall != before.target_recall:
             self._maintenance.force_tuning()
         self._builder.wake(self._maintenance)
@@ -314,10 +315,12 @@ class Collection:
         """Wait for what is running, then close. Closing twice is allowed."""
         self._builder.forget(self._maintenance)
         with self._mirror.commits.paused():
-            if not self.is_closed:
-                self._maintenance.save_unsaved()
-            self._store.close()
-            self._mirror.forget()
+            try:
+                if not self.is_closed:
+                    self._maintenance.save_unsaved()
+            finally:
+                self._store.close()
+                self._mirror.forget()
 
     def _write(
         self,

@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,9 +31,9 @@ class CollectionSet:
     """A folder of collections, owned by one process. A context manager.
 
     Opening it opens every collection there and clears what an earlier crash left half done. A
-    damaged collection does not keep the others from opening: it is logged, stands in `damaged` and
-    among `names()`, and is reported by whoever asks for it; `restore` brings it back from a
-    snapshot, `delete` removes it.
+    damaged collection, or one that the operating system does not let it read, does not keep the
+    others from opening: it is logged, stands in `damaged` and among `names()`, and is reported by
+    whoever asks for it; `restore` brings it back from a snapshot, `delete` removes it.
 
     Args:
         policy: when background work on indexes is worth doing.
@@ -42,7 +43,7 @@ class CollectionSet:
     """
 
     def __init__(self, root: Path, *, policy: BuildPolicy | None = None) -> None:
-        self.damaged: dict[str, StoreDamaged] = {}
+        self.damaged: dict[str, StoreDamaged | StoreFailed] = {}
         self._open: dict[str, Collection] = {}
         # For making, deleting and closing. Looking up is one read of a dictionary.
         self._lock = threading.RLock()
@@ -69,12 +70,13 @@ class CollectionSet:
         return sorted([*self._open, *self.damaged])
 
     def get(self, name: str) -> Collection:
-        """An open collection; raises `CollectionNotFound`, or `StoreDamaged` where it is."""
+        """An open collection; raises `CollectionNotFound`, or what kept it from opening."""
         collection = self._open.get(name)
         if collection is not None:
             return collection
         if name in self.damaged:
-            raise StoreDamaged(*self.damaged[name].args) from self.damaged[name]
+            error = self.damaged[name]
+            raise type(error)(*error.args) from error
         raise CollectionNotFound(f"there is no collection {name!r}; there are {self.names()}")
 
     def create(
@@ -200,17 +202,21 @@ class CollectionSet:
     def close(self) -> None:
         """Close every collection and let others have the folder. Closing twice is allowed."""
         with self._lock:
-            while self._open:
-                self._open.popitem()[1].close()
-            self.damaged.clear()
-            self._builder.close()
-            self._folder.release()
+            try:
+                with ExitStack() as closing:  # each is closed, whatever another raises
+                    for collection in self._open.values():
+                        closing.callback(collection.close)
+            finally:
+                self._open.clear()
+                self.damaged.clear()
+                self._builder.close()
+                self._folder.release()
 
     def _open_one(self, name: str) -> None:
         try:
             self._open[name] = Collection(
                 self._folder.root / name, name=name, builder=self._builder, policy=self._policy
             )
-        except StoreDamaged as error:
+        except (StoreDamaged, StoreFailed) as error:
             _logger.error("%s", error)
             self.damaged[name] = error

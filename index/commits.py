@@ -34,8 +34,10 @@ class GroupCommit:
     def __init__(self, database: Database, follower: Follower) -> None:
         self._database = database
         self._follower = follower
+        self.sequence = 0  # odd from before a commit until it has been followed
         self._queue: deque[_Write] = deque()
         self._leading = threading.RLock()
+        self._leader: int | None = None
 
     def run(
         self,
@@ -55,18 +57,27 @@ class GroupCommit:
         """
         own = _Write(operation, alone)
         self._queue.append(own)
-        with self._leading:
+        with self.paused():
             while not own.done:
-                self._lead(self._next_group(), own)
+                self._lead(own)
         if own.error is not None:
             raise own.error
         return cast(T, own.result)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside, nothing is written, and all that was committed has been followed."""
+        """Inside, nobody else writes, and all that was committed has been followed."""
         with self._leading:
-            yield
+            before, self._leader = self._leader, threading.get_ident()
+            try:
+                yield
+            finally:
+                self._leader = before
+
+    @property
+    def is_paused_here(self) -> bool:
+        """Whether the calling thread is inside `paused`: it must not wait for one that wants to."""
+        return self._leader == threading.get_ident()
 
     def _next_group(self) -> list["_Write"]:
         group = [self._queue.popleft()]
@@ -79,24 +90,31 @@ class GroupCommit:
             group.append(self._queue.popleft())
         return group
 
-    def _lead(self, group: Sequence["_Write"], own: "_Write") -> None:
+    def _lead(self, own: "_Write") -> None:
+        group: list[_Write] = []
+        self.sequence += 1
         try:
-            with self._database.writing() as connection:
+            group = self._next_group()
+            try:
+                with self._database.writing() as connection:
+                    for write in group:
+                        write.run(connection)
+            except Exception as error:
                 for write in group:
-                    write.run(connection)
-        except Exception as error:
+                    write.fail(error)
+                return
             for write in group:
-                write.fail(error)
-            return
+                write.done = True  # nobody sees it before the lock is free again
+            self._follower.follow([write.changes for write in group if write.changes is not None])
         except BaseException:
-            # This thread was interrupted, perhaps between the commit and here. The others' writes
-            # are done again by themselves, which is no harm: none of them was told of it.
-            self._queue.extendleft(write for write in reversed(group) if write is not own)
+            # This thread was interrupted, perhaps between the commit and its being followed. What
+            # others wait for is done again by themselves, which is no harm: they were told nothing.
+            left = [write for write in group if write is not own and not write.done]
+            self._queue.extendleft(reversed(left))
             self._follower.lose_track()
             raise
-        for write in group:
-            write.done = True  # nobody sees it before the lock is free again
-        self._follower.follow([write.changes for write in group if write.changes is not None])
+        finally:
+            self.sequence += 1
 
 
 class _Write:

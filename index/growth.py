@@ -55,7 +55,8 @@ class GrowingVector:
         needed = rows * self._items_a_row + self._spare
         if needed <= self._room:
             return
-        room, size = max(needed, int(self._room * _GROWTH)), self._inner.size()
+        size = int(self._inner.size())
+        room = max(needed, int(self._room * _GROWTH), size)
         larger = type(self._inner)()
         larger.resize(room)
         if size:

@@ -99,12 +99,18 @@ def check_metric(metric: str) -> Metric:
     raise InvalidSettings(f"metric must be one of {', '.join(get_args(Metric))}, got {metric!r}")
 
 
-def choose_kind(settings: IndexSettings, rows: int) -> Kind:
-    """The kind for a collection of `rows` vectors.
+def choose_kind(settings: IndexSettings, rows: int, present: Kind | None = None) -> Kind:
+    """The kind for a collection of `rows` vectors, which has the kind `present`.
 
     `auto` takes flat up to FLAT_UP_TO rows, hnsw up to HNSW_UP_TO and ivf_sq8 above. A kind that is
-    trained is flat below TRAINABLE_FROM rows, whatever was chosen.
+    trained is flat below TRAINABLE_FROM rows, whatever was chosen. What was right before rows were
+    removed stays until a fifth of them has gone: a build is not undone for a few.
     """
+    kind = _kind_of(settings, rows)
+    return present if present == _kind_of(settings, rows * 5 // 4) else kind
+
+
+def _kind_of(settings: IndexSettings, rows: int) -> Kind:
     kind: Kind
     if settings.kind == "auto":
         kind = "flat" if rows <= FLAT_UP_TO else "hnsw" if rows <= HNSW_UP_TO else "ivf_sq8"

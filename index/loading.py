@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from index.ann import Ann
 from index.cache import CachedIndex, CacheUnusable, read_cache, remove_caches
+from index.errors import InvalidSettings
 from index.kinds import check_kind
 from index.metadata import MetadataTable
 from index.space import Space
@@ -25,20 +26,21 @@ _ROWS_AT_ONCE = 16_384
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """An index on disk: its generation, and how many rows it has."""
+    """An index on disk: its generation, how many rows it has, and the recall measured with it."""
 
     generation: int
     rows: int
+    recall: float | None = None
 
 
-def described(store: Store, space: str) -> dict[str, Any]:
-    """What an index on disk must be of to be used for this space."""
+def described(store: Store, space: str, structure: Mapping[str, Any]) -> dict[str, Any]:
+    """What an index on disk must be of to be used for this space, with these settings."""
     return {
         "collection": store.uuid,
         "model": store.model,
         "metric": store.metric,
         "dimension": store.spaces[space],
-        "structure": store.settings.structure(),
+        "structure": dict(structure),
     }
 
 
@@ -75,7 +77,9 @@ def load(store: Store, *, name: str) -> tuple[View, dict[str, Saved]]:
                     ann=opened,
                     built=rows,
                 )
-                saved[space] = Saved(generation=cached[space].generation, rows=rows)
+                saved[space] = Saved(
+                    generation=cached[space].generation, rows=rows, recall=cached[space].recall
+                )
         for vectors in vectors_at(store, name, space, numbers[own_space.rows :]):
             own_space = own_space.extended(vectors)
         spaces[space] = own_space
@@ -103,7 +107,9 @@ def vectors_at(store: Store, name: str, space: str, numbers: Rows) -> Iterator[N
         # A transaction for each piece: a long one would keep SQLite's log from being cut.
         with closing(store.vectors_in(space, **span)) as blocks:
             for rows, block in blocks:
-                vectors[np.searchsorted(wanted, rows)] = prepared(block, store.metric)
+                at = np.minimum(np.searchsorted(wanted, rows), len(wanted) - 1)
+                is_wanted = wanted[at] == rows
+                vectors[at[is_wanted]] = prepared(block[is_wanted], store.metric)
         yield vectors
         if time.monotonic() > next_word:
             next_word = time.monotonic() + _PROGRESS_S
@@ -123,8 +129,11 @@ def _all_numbers(live_rows: Rows, cached: Mapping[str, CachedIndex]) -> Rows:
 
 def _read_cache(store: Store, name: str, space: str, live_rows: Rows) -> CachedIndex | None:
     try:
-        found = read_cache(store.folder, space, described=described(store, space))
+        expected = described(store, space, store.settings.structure())
+        found = read_cache(store.folder, space, described=expected)
         if found is not None and len(found.numbers):
+            if found.numbers[-1] > store.last_number():
+                raise CacheUnusable("it is newer than the records, which an older copy took over")
             early = live_rows[live_rows <= found.numbers[-1]]
             if not np.isin(early, found.numbers, assume_unique=True).all():
                 raise CacheUnusable("it lacks rows that the collection has")
@@ -136,11 +145,16 @@ def _read_cache(store: Store, name: str, space: str, live_rows: Rows) -> CachedI
 
 def _open_ann(store: Store, name: str, space: str, cached: CachedIndex) -> Ann | None:
     try:
-        kind = check_kind(cached.kind)
-        ann = Ann.load(cached.path, kind, store.metric, effort=cached.effort)
+        ann = Ann.load(
+            cached.path,
+            check_kind(cached.kind),
+            store.metric,
+            structure=cached.described["structure"],
+            effort=cached.effort,
+        )
         if len(ann) != len(cached.numbers):
             raise ValueError(f"it has {len(ann)} vectors for {len(cached.numbers)} rows")
-    except ValueError as error:
+    except (ValueError, InvalidSettings) as error:
         _refuse(store, name, space, str(error))
         return None
     return ann

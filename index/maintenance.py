@@ -21,6 +21,7 @@ _logger = logging.getLogger(__name__)
 _ROWS_AT_ONCE = 2048
 _PROGRESS_S = 10.0
 _SAVE_AGAIN_S = 60.0
+_TUNE_AGAIN_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,10 @@ class Maintenance:
         self._is_closing = False
         self._tuned_rows: dict[str, int] = {}
         self._work: Iterator[None] | None = None
-        self._save_not_before = 0.0
+        self._later: dict[str, float] = {}  # what was put off -> until when (time.monotonic())
+        for name, saved in mirror.saved.items():
+            if saved.recall is not None and saved.recall >= mirror.settings.target_recall:
+                self.recall[name], self._tuned_rows[name] = saved.recall, saved.rows
 
     def ask(self) -> None:
         """Something has changed: what is under way is not the last there is to do."""
@@ -74,6 +78,11 @@ class Maintenance:
         """Measure recall, and set the effort of a search by it, whether rows were added or not."""
         self._tuned_rows = dict.fromkeys(self._tuned_rows, 0)
 
+    @property
+    def again_at(self) -> float | None:
+        """When there is something to be tried again (time.monotonic()); None: nothing is."""
+        return None if self._is_closing else min(self._later.values(), default=None)
+
     def stop(self) -> None:
         """Let the running step end soon, and let no further one begin."""
         self._is_closing = True
@@ -84,6 +93,8 @@ class Maintenance:
             return False
         if self._work is None:
             self._is_asked = False
+            now = time.monotonic()
+            self._later = {what: until for what, until in self._later.items() if until > now}
             self._work = self._all_work()
         try:
             next(self._work)
@@ -99,12 +110,15 @@ class Maintenance:
         """Save what is worth it before the collection closes."""
         for name in self._mirror.store.spaces:
             if self._unsaved_rows(name) >= self._policy.save_rows // 10:
-                self._save(name)
+                try:
+                    self._save(name)
+                except Exception:  # whatever it was, the index is a cache and the store must close
+                    _logger.exception("collection %r: its index was not saved", self._mirror.name)
 
     def _all_work(self) -> Iterator[None]:
         mirror = self._mirror
         view = mirror.current()
-        kind = choose_kind(mirror.settings, view.count - view.dead)
+        kind = choose_kind(mirror.settings, view.count - view.dead, _present_kind(view))
         if self._needs_rebuild(view, kind):
             yield from self._rebuild(kind)
         for name in mirror.store.spaces:
@@ -130,8 +144,10 @@ class Maintenance:
             if space.ann is None:
                 if kind == "mapped":
                     return True
-            elif space.ann.kind != kind or (
-                not space.ann.can_add and is_much(space.rows - space.built)
+            elif (
+                space.ann.kind != kind
+                or (space.ann.structure != self._mirror.settings.structure() and kind != "flat")
+                or (not space.ann.can_add and is_much(space.rows - space.built))
             ):
                 return True
         return False
@@ -140,7 +156,6 @@ class Maintenance:
         """New structures beside the old ones, which answer until the new ones are whole."""
         mirror, loads = self._mirror, self._mirror.loads
         view = mirror.view
-        self._is_forced = False
         numbers = view.numbers[: view.count][view.live[: view.count]]
         _logger.info(
             "collection %r: building its %s index of %d rows anew", mirror.name, kind, len(numbers)
@@ -161,12 +176,13 @@ class Maintenance:
                     yield
                 if kind == "mapped":
                     self._write(name, ann, numbers)
-                    ann = self._mapped(name)
+                    ann = self._mapped(name, ann)
                 space = replace(space, rows=len(numbers), ann=ann, built=len(numbers))
             spaces[name] = space
         if not mirror.replace_all(numbers, spaces, after=view.last, loads=loads):
-            self._is_forced = True  # again, from what was read meanwhile
+            self._is_asked = True  # again, from what was read meanwhile
             return
+        self._is_forced = False
         self._tuned_rows = dict.fromkeys(spaces, 0)
         if kind != "mapped":
             for name, saved in mirror.saved.items():  # what is on disk is of use until the next
@@ -207,21 +223,24 @@ class Maintenance:
 
     def _tune(self, name: str) -> Iterator[None]:
         """Choose the least effort of a search that finds the part of neighbours asked for."""
-        mirror, view = self._mirror, self._mirror.view
+        mirror, loads = self._mirror, self._mirror.loads
+        view = mirror.view
         ann, tuned = view.spaces[name].ann, self._tuned_rows.get(name)
-        if ann is None or (tuned and view.count < tuned * (1 + self._policy.tune_share)):
+        is_recent = tuned and view.count < tuned * (1 + self._policy.tune_share)
+        if ann is None or is_recent or f"tuning {name}" in self._later:
             return
-        sample = take_sample(mirror, view, name, should_stop=self._should_stop)
-        yield
+        sample = yield from take_sample(mirror, view, name)
         if sample is None:
             return
         # An index that was saved knows its effort; it is only looked whether that still does.
         is_known = tuned is None and name in mirror.saved
         measured = 0.0
         for effort in [ann.effort] * is_known + list(ann.efforts):
-            found = recall(mirror, view, name, sample, effort=effort)
+            found = recall(mirror, name, sample, effort=effort)
             yield
-            if found is None:
+            if found is None or loads != mirror.loads:
+                # Records go faster than they are counted; a scan of all is not for every write.
+                self._later[f"tuning {name}"] = time.monotonic() + _TUNE_AGAIN_S
                 return
             measured = found
             if measured >= mirror.settings.target_recall:
@@ -251,23 +270,30 @@ class Maintenance:
             expected_rows=len(numbers),
         )
 
-    def _mapped(self, name: str) -> Ann:
+    def _mapped(self, name: str, written: Ann) -> Ann:
         store = self._mirror.store
-        cached = read_cache(store.folder, name, described=described(store, name))
+        expected = described(store, name, written.structure)
+        cached = read_cache(store.folder, name, described=expected)
         if cached is None:
             raise StoreFailed(f"{store.folder}: the index that was just saved has gone")
-        return Ann.load(cached.path, "mapped", store.metric, effort=cached.effort)
+        return Ann.load(
+            cached.path,
+            "mapped",
+            store.metric,
+            structure=written.structure,
+            effort=written.effort,
+        )
 
     def _save(self, name: str) -> None:
         view = self._mirror.view
         space = view.spaces[name]
-        if space.ann is None or time.monotonic() < self._save_not_before:
+        if space.ann is None or "saving" in self._later:
             return
         try:
             self._write(name, space.ann, view.numbers[: space.built])
         except StoreFailed as error:
             # The index on disk is a cache: what it lacks is read from the store at the next start.
-            self._save_not_before = time.monotonic() + _SAVE_AGAIN_S
+            self._later["saving"] = time.monotonic() + _SAVE_AGAIN_S
             _logger.warning("%s; it is tried again in %.0f s", error, _SAVE_AGAIN_S)
 
     def _write(self, name: str, ann: Ann, numbers: Rows) -> None:
@@ -282,7 +308,8 @@ class Maintenance:
             numbers=numbers,
             kind=ann.kind,
             effort=ann.effort,
-            described=described(store, name),
+            recall=self.recall.get(name) if name in self._tuned_rows else None,
+            described=described(store, name, ann.structure),
             generation=saved[name].generation,
         )
         saved[name] = replace(saved[name], rows=len(numbers))
@@ -293,3 +320,9 @@ class Maintenance:
     def _unsaved_rows(self, name: str) -> int:
         saved = self._mirror.saved.get(name)
         return self._mirror.view.spaces[name].built - (0 if saved is None else saved.rows)
+
+
+def _present_kind(view: View) -> Kind:
+    """What the first space has; of all, the same is asked."""
+    ann = next(iter(view.spaces.values())).ann
+    return "flat" if ann is None else ann.kind

@@ -1,15 +1,18 @@
 """A store's rows in memory: kept in step with each commit, and searched."""
 
+import json
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from index import loading
 from index.ann import Ann
-from index.columns import Column, sqlite_path
+from index.columns import MISSING, Column, sqlite_path
 from index.commits import GroupCommit
 from index.errors import StoreDamaged
 from index.filters import Filter
@@ -19,6 +22,7 @@ from index.store import Store
 from index.view import Rows, View, prepared
 from index.writes import Changes
 
+T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 _TRIES = 5
 _QUERIES_AT_ONCE = 256
@@ -43,6 +47,8 @@ class Mirror:
         self.commits = GroupCommit(store.database, self)
         self.settings = store.settings
         self._changing = threading.RLock()
+        self._reading_columns = threading.Lock()
+        self._changed_rows: list[set[int]] = []  # since a column is being read, for each of those
         self._is_lost = False
         self.view, self.saved = loading.load(store, name=name)
         self.loads = 1
@@ -54,11 +60,12 @@ class Mirror:
                 view = self.view
                 for each in changes:
                     view = view.after(each)
+                    for rows in self._changed_rows:
+                        rows.update(each.added.tolist(), each.relabelled)
                 self.view = view
         except Exception:
-            _logger.exception("collection %r: reading its rows anew", self.name)
+            _logger.exception("collection %r: its rows are read anew when next needed", self.name)
             self.lose_track()
-            self.reload()
         except BaseException:  # an interrupt: leave now, and read when next needed
             self.lose_track()
             raise
@@ -69,10 +76,21 @@ class Mirror:
 
     def reload(self) -> None:
         """Read the store as if it had just been opened."""
-        with self.commits.paused(), self._changing:
-            self.view, self.saved = loading.load(self.store, name=self.name)
-            self.loads += 1
-            self._is_lost = False
+        with self.commits.paused():
+            self._load()
+
+    def between_writes(self, read: Callable[[], T]) -> T:
+        """What `read` gives of memory and store when nothing is written between its looks at them.
+
+        It is called again until that is so, in the end while writes wait.
+        """
+        for _ in range(_TRIES):
+            before = self.commits.sequence
+            found = read()
+            if before % 2 == 0 and before == self.commits.sequence:
+                return found
+        with self.commits.paused():
+            return read()
 
     def put_built(self, name: str, ann: Ann, built: int, *, loads: int) -> bool:
         """Let a space be searched through `ann`, which has its first `built` rows.
@@ -115,7 +133,9 @@ class Mirror:
         if self.store.database.is_closed:
             raise self.store.database.gone()
         if self._is_lost:
-            self.reload()
+            with self.commits.paused():
+                if self._is_lost:  # and nobody else has read them meanwhile
+                    self._load()
         return self.view
 
     def select(self, chosen: Filter | None) -> tuple[View, Mask | None]:
@@ -127,8 +147,7 @@ class Mirror:
             columns = view.table.columns(chosen.keys)
             if len(columns) == len(chosen.keys):
                 return view, chosen.mask(columns, view.count)
-            with self.commits.paused():  # a column must have every row when it is put beside them
-                self._add_columns(self.current(), chosen.keys)
+            self._add_columns(chosen.keys)
 
     def matching_rows(self, chosen: Filter | None) -> Rows:
         """The rows that pass the filter, sorted."""
@@ -204,6 +223,12 @@ class Mirror:
             found.append((row_scores[order], view.numbers[row_positions[order]]))
         return found
 
+    def _load(self) -> None:
+        with self._changing:
+            self.view, self.saved = loading.load(self.store, name=self.name)
+            self.loads += 1
+            self._is_lost = False
+
     def _try_search(
         self,
         space: str,
@@ -248,21 +273,57 @@ class Mirror:
             scores[i, is_one] = _scores(queries[i], own, metric)
         return Found(scores, part.positions, is_exact=True)
 
-    def _add_columns(self, view: View, keys: frozenset[str]) -> None:
-        columns = {}
-        numbers = view.numbers[: view.count]
-        for key in keys:
-            texts: list[str | None] = [None] * view.count
-            for block in self.store.values_at(sqlite_path(key)):
-                at = np.searchsorted(numbers, [row for row, _ in block]).tolist()
-                for position, (_, text) in zip(at, block, strict=True):
-                    texts[position] = text
-            columns[key] = Column(key)
-            try:
-                columns[key].extend_json(texts)
-            except ValueError as error:
-                raise self.store.database.damage("a record's metadata is garbled") from error
-        view.table.add(columns)
+    def _add_columns(self, keys: frozenset[str]) -> None:
+        # One thread reads and others find it done; who keeps that one from its end may not wait.
+        one_at_a_time = nullcontext() if self.commits.is_paused_here else self._reading_columns
+        with one_at_a_time:
+            for key in keys - self.current().table.columns(keys).keys():
+                while not self._add_column(key):
+                    pass
+
+    def _add_column(self, key: str) -> bool:
+        """Read one key of all metadata while writes go on; False: it is to be done again.
+
+        What changes meanwhile is put in at the end, when nothing is written for a moment.
+        """
+        changed_rows = set[int]()
+        with self.commits.paused():
+            self.current()
+            loads = self.loads
+            self._changed_rows.append(changed_rows)
+        try:
+            rows, column = self._read_column(key, self.store.values_at(sqlite_path(key)))
+            with self.commits.paused():
+                view = self.current()
+                if loads != self.loads:
+                    return False
+                numbers = view.numbers[: view.count]
+                column.extend([MISSING])  # for the rows that have come since, or have gone
+                at = np.searchsorted(rows, numbers)
+                at[np.append(rows, -1)[at] != numbers] = len(rows)
+                column = column.at(at)
+                changed = sorted(changed_rows)
+                for block in self.store.values_at(sqlite_path(key), among=changed):
+                    for row, text in block:
+                        value = MISSING if text is None else json.loads(text)
+                        column.set(int(np.searchsorted(numbers, row)), value)
+                view.table.add({key: column})
+        finally:
+            self._changed_rows = [each for each in self._changed_rows if each is not changed_rows]
+        return True
+
+    def _read_column(
+        self, key: str, blocks: Iterable[list[tuple[int, str | None]]]
+    ) -> tuple[Rows, Column]:
+        column = Column(key)
+        rows: list[int] = []
+        try:
+            for block in blocks:
+                rows += [row for row, _ in block]
+                column.extend_json([text for _, text in block])
+        except ValueError as error:
+            raise self.store.database.damage("a record's metadata is garbled") from error
+        return np.array(rows, dtype=np.int64), column
 
 
 def _scores(

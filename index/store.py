@@ -4,7 +4,7 @@ import json
 import sqlite3
 import time
 import uuid
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,11 @@ class Store:
         with self.database.reading() as connection:
             return rows_of(connection, ids)
 
+    def last_number(self) -> int:
+        """The highest number given out so far, to a row or a key; see `index.schema`."""
+        with self.database.reading() as connection:
+            return int(connection.execute("SELECT last_number FROM collection").fetchone()[0])
+
     def all_rows(self) -> NDArray[np.int64]:
         """Every record's row, sorted."""
         with self.database.reading() as connection:
@@ -196,11 +201,20 @@ class Store:
         if found != count:
             raise self.database.damage(f"{count} records have {found} vectors in space {space!r}")
 
-    def values_at(self, path: str) -> Generator[list[tuple[int, str | None]], None, None]:
-        """(row, JSON text of the metadata at SQLite's JSON `path`), by row, in blocks."""
+    def values_at(
+        self, path: str, *, among: Sequence[int] | None = None
+    ) -> Generator[list[tuple[int, str | None]], None, None]:
+        """(row, JSON text of the metadata at SQLite's JSON `path`), by row, in blocks.
+
+        Of those of the rows `among` that exist, or of all.
+        """
+        chosen, values = "", [path]
+        if among is not None:
+            chosen = "WHERE row IN (SELECT value FROM json_each(?))"
+            values.append(json.dumps(list(among)))
         with self.database.reading() as connection:
             cursor = connection.execute(
-                "SELECT row, metadata -> ? FROM records ORDER BY row", (path,)
+                f"SELECT row, metadata -> ? FROM records {chosen} ORDER BY row", values
             )
             while block := cursor.fetchmany(16 * _ROWS_PER_BLOCK):
                 yield block
@@ -292,7 +306,7 @@ class Store:
             metadata, end = _JSON.raw_decode(text)  # half of what json.loads takes
             if end != len(text):
                 raise ValueError("something stands behind it")
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise self.database.damage("a record's metadata is garbled") from error
         if not isinstance(metadata, dict):
             raise self.database.damage("a record's metadata is garbled")

@@ -239,7 +239,7 @@ def test_an_index_that_cannot_be_saved_answers_and_is_tried_again(
             assert collection.stats().spaces["cls"].saved_rows == 0
             assert recall_at_10(collection, rows[:2000]) > 0.97
             patched.setattr(maintenance, "_SAVE_AGAIN_S", 0.0)
-            collection._maintenance._save_not_before = 0.0
+            collection._maintenance._later.clear()
             patched.undo()
             collection.wait_until_built(timeout_s=60)
             assert collection.stats().spaces["cls"].saved_rows == 2000
