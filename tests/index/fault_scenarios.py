@@ -47,10 +47,10 @@ def batches_in(collection: Collection) -> set[int]:
             found[number] = found.get(number, 0) + 1
     assert set(found.values()) <= {_BATCH}, found
     for number in found:
-        for each in batch(number):
-            query = np.asarray(each.vectors["cls"])
-            assert collection.search(query, k=1)[0].id == each.id
-            stored = collection.get(each.id, with_vectors=True).vectors["cls"]
+        for new in batch(number):
+            query = np.asarray(new.vectors["cls"])
+            assert collection.search(query, k=1)[0].id == new.id
+            stored = collection.get(new.id, with_vectors=True).vectors["cls"]
             np.testing.assert_array_equal(stored, query)
     assert collection.check() == []
     return set(found)
