@@ -40,6 +40,7 @@ class CollectionSet:
 
     Raises:
         StoreInUse: another process, or another `CollectionSet`, has the folder.
+        StoreFailed: the operating system refused, for instance because the disk is full.
     """
 
     def __init__(self, root: Path, *, policy: BuildPolicy | None = None) -> None:

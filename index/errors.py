@@ -81,7 +81,10 @@ class StoreInUse(CollectionError):
 
 
 class StoreFailed(CollectionError):
-    """The operating system refused (disk full, I/O error, permission); the write did not happen."""
+    """The operating system refused (disk full, I/O error, permission); the write did not happen.
+
+    Where it was the sync that failed, the write may be there after a crash: whole, or not at all.
+    """
 
 
 class StoreDamaged(CollectionError):

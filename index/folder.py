@@ -27,19 +27,21 @@ class OwnedFolder:
 
     Raises:
         StoreInUse: somebody else has it, in this process or in another.
+        StoreFailed: the operating system refused.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        root.mkdir(parents=True, exist_ok=True)
-        fsync(root.parent)
-        self._lock_file = os.open(root / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            self._take_lock()
-            self._clear_what_a_crash_left()
-        except BaseException:
-            os.close(self._lock_file)
-            raise
+        with refusals_named(f"the folder of collections {root} could not be opened"):
+            root.mkdir(parents=True, exist_ok=True)
+            fsync(root.parent)
+            self._lock_file = os.open(root / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                self._take_lock()
+                self._clear_what_a_crash_left()
+            except BaseException:
+                os.close(self._lock_file)
+                raise
         self._owned = True
 
     def subfolders(self) -> list[str]:

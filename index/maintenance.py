@@ -154,6 +154,14 @@ class Maintenance:
 
     def _rebuild(self, kind: Kind) -> Iterator[None]:
         """New structures beside the old ones, which answer until the new ones are whole."""
+        self._is_forced = False
+        try:
+            yield from self._build_anew(kind)
+        except Exception:
+            self._is_forced = True  # it is tried again, also where nothing but a call asked for it
+            raise
+
+    def _build_anew(self, kind: Kind) -> Iterator[None]:
         mirror, loads = self._mirror, self._mirror.loads
         view = mirror.view
         numbers = view.numbers[: view.count][view.live[: view.count]]

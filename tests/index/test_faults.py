@@ -84,6 +84,13 @@ def test_a_restore_that_fails(library: Path, root: Path) -> None:
     assert len(run(library, root, "restoring", STEPS, "/.new-")) == len(STEPS)
 
 
+@pytest.mark.parametrize("pattern", ["/LOCK", "/pictures/"])
+def test_a_folder_that_cannot_be_opened(library: Path, root: Path, pattern: str) -> None:
+    told = run(library, root, "opening", [("write", FULL), ("write", BROKEN)], pattern)
+    assert len(told) == 2
+    assert all("collection" in line for line in told)
+
+
 def test_a_collection_that_cannot_be_made(library: Path, root: Path) -> None:
     assert len(run(library, root, "creating", STEPS, "/.new-")) == len(STEPS)
 

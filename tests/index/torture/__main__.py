@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -36,12 +37,12 @@ def main() -> int:
     torture = Torture(folder / "collections", seed=seed, records=options.records)
     tqdm.monitor_interval = 0  # no thread
     bar = tqdm(range(options.kills), unit="kill", dynamic_ncols=True, disable=None)
-    for _ in bar:
-        torture.kill_once()
-        bar.set_postfix(writes=torture.writes, faults=len(torture.faults))
-        if torture.faults:
-            break
-    bar.close()
+    with suppress(KeyboardInterrupt), bar:  # what is known by then is told
+        for _ in bar:
+            torture.kill_once()
+            bar.set_postfix(writes=torture.writes, faults=len(torture.faults))
+            if torture.faults:
+                break
     told = torture.told() | {"seed": seed}
     if options.json:
         print(json.dumps(told))

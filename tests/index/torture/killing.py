@@ -10,6 +10,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,15 @@ class Torture:
         self.faults += self._ledger.faults
 
     def _check(self) -> None:
-        seed = self._chance.random()
-        self._take_over(_forked(lambda: look(self._root, chance=random.Random(seed))))
+        chance = random.Random(self._chance.random())
+        leaves_open = self._chance.random() < 0.5
+        looking = partial(look, self._root, chance=chance, leaves_open=leaves_open)
+        self._take_over(_forked(looking))
         names = list(self._ledger.snapshots)
         if names and self._chance.random() < _RESTORE_SHARE:
             name = self._chance.choice(names)
             taken = self._ledger.snapshots[name]
-            self.faults += _forked(lambda: look_at_snapshot(self._root, name, taken))
+            self.faults += _forked(partial(look_at_snapshot, self._root, name, taken))
             self._totals["restored"] += 1
 
     def told(self) -> dict[str, Any]:
@@ -125,6 +128,7 @@ class Torture:
             for line in lines.rest():
                 self._hear(line)
         finally:
+            os.kill(child, signal.SIGKILL)  # as well when this process is interrupted
             os.close(reading)
             os.waitpid(child, 0)
         self.kills["all"] += 1

@@ -7,6 +7,7 @@ operation of each thread may be under way: done, or not, and nothing in between.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -149,6 +150,7 @@ class Ledger:
         self.taking = None
 
 
+@lru_cache(maxsize=20_000)
 def vectors_of(seed: int) -> Vectors:
     """The vectors that a seed stands for: of two seeds never alike."""
     random = np.random.default_rng(seed)

@@ -69,34 +69,26 @@ class _Remembering(logging.Handler):
         self.records.append(record)
 
 
-def look(root: Path, *, chance: random.Random) -> Found:
-    """Open the folder and check everything in it that can be checked without knowing more."""
+def look(root: Path, *, chance: random.Random, leaves_open: bool = False) -> Found:
+    """Open the folder and check everything in it that can be checked without knowing more.
+
+    `leaves_open` is for a process that ends after it: then the next start finds all as it is now.
+    """
     logged = _Remembering()
-    logging.basicConfig(handlers=[logged], force=True)
+    logging.getLogger().addHandler(logged)
     started = time.monotonic()
     collections = CollectionSet(root, policy=POLICY)
     found = Found([{} for _ in range(WRITERS)], recovery_s=time.monotonic() - started)
-    found.faults += [f"damaged: {error}" for error in collections.damaged.values()]
-    found.refused = len(logged.records)
-    collection = collections.get_or_create(NAME, spaces=SPACES, model=MODEL)
-    stats = collection.stats()
-    found.taken_up = sum(each.saved_rows > 0 for each in stats.spaces.values())
-    found.removed = stats.removed
-    found.settings = collection.settings.to_dict()
-    found.snapshots = {each.name: each.count for each in collections.snapshots(NAME)}
-    _look_at_records(collection, found, chance)
-    found.kinds = [each.kind for each in collection.stats().spaces.values()]
-    if chance.random() < 0.1:
-        if not collection.wait_until_built(timeout_s=120):
-            found.faults.append("building took more than 120 s")
-        _search_all(collection, found)
-        found.faults += collection.check()
+    try:
+        _look_into(collections, found, logged, chance)
+    finally:
+        if not leaves_open:
+            collections.close()
+        logging.getLogger().removeHandler(logged)
     for record in logged.records:
         text = record.getMessage()
         if record.levelno >= logging.ERROR or any(words in text for words in _NEVER):
             found.faults.append(f"logged: {text}")
-    if chance.random() < 0.5:  # else the next start finds all as the kill has left it
-        collections.close()
     return found
 
 
@@ -115,6 +107,26 @@ def look_at_snapshot(root: Path, name: str, taken: Taken) -> list[str]:
     if taken.count not in (None, sum(map(len, found.states))):
         found.faults.append(f"{taken.count} records were told of")
     return [f"snapshot {name}: {fault}" for fault in found.faults]
+
+
+def _look_into(
+    collections: CollectionSet, found: Found, logged: _Remembering, chance: random.Random
+) -> None:
+    found.faults += [f"damaged: {error}" for error in collections.damaged.values()]
+    found.refused = len(logged.records)
+    collection = collections.get_or_create(NAME, spaces=SPACES, model=MODEL)
+    stats = collection.stats()
+    found.taken_up = sum(each.saved_rows > 0 for each in stats.spaces.values())
+    found.removed = stats.removed
+    found.settings = collection.settings.to_dict()
+    found.snapshots = {each.name: each.count for each in collections.snapshots(NAME)}
+    _look_at_records(collection, found, chance)
+    found.kinds = [each.kind for each in collection.stats().spaces.values()]
+    if chance.random() < 0.1:
+        if not collection.wait_until_built(timeout_s=120):
+            found.faults.append("building took more than 120 s")
+        _search_all(collection, found)
+        found.faults += collection.check()
 
 
 def _look_at_records(collection: Collection, found: Found, chance: random.Random) -> None:
