@@ -254,15 +254,21 @@ class Ann:
         """
         # Without the lock: what an addition under way has counted already is there below.
         queries, rows = _matrix(queries), int(self._index.ntotal)
-        scores, positions = _nothing(len(queries), k)
         chosen = rows if allowed is None else int(np.count_nonzero(allowed[:rows]))
         if allowed is not None and chosen < rows and self.exact_is_cheaper(chosen, rows):
             return self.search_rows(queries, np.flatnonzero(allowed[:rows]), k, threads=threads)
         if not chosen or not len(queries):
-            return scores, positions
+            return _nothing(len(queries), k)
         selector = None if allowed is None else _bitmap(allowed)
         width = min(k, chosen)
         parameters = self._parameters(effort or self.effort, width, chosen / rows, selector)
+        if len(queries) == 1 and width == k and self.metric != "l2":
+            # What faiss gives is the answer, but for a rare one that is short.
+            with _openmp_threads(threads), self._lock.reading():
+                found: Found = self._index.search(queries, k, params=parameters)
+            if found[1][0, -1] >= 0:
+                return found
+        scores, positions = _nothing(len(queries), k)
         with _openmp_threads(threads):
             for start in range(0, len(queries), _QUERIES_A_HOLD):
                 part = slice(start, start + _QUERIES_A_HOLD)
