@@ -193,6 +193,7 @@ def compete(
             recall = recall_of(truth[few], find(unit[few], effort))
             found["rivals"][name]["recall_at_10"] = recall
         competitors: dict[str, Find] = {"ours": own, **rivals}
+        faiss.omp_set_num_threads(1)
         told = race(options.rounds, competitors, efforts, unit)
         found |= told.pop("ours")
         found["batch_per_s"] = len(unit) / seconds(lambda: collection.search_batch(unit, K, "copy"))
@@ -201,6 +202,7 @@ def compete(
             if name != "numpy":
                 taken = seconds(lambda n=name: rivals[n](unit, efforts[n]))
                 found["rivals"][name]["batch_per_s"] = len(unit) / taken
+        faiss.omp_set_num_threads(len(os.sched_getaffinity(0)))
         bare = found["rivals"].get("faiss")
         found["vs_faiss"] = found["p50_ms"] / bare["p50_ms"] if bare else None
         found["filtered"] = {}
@@ -230,7 +232,6 @@ def race(
 ) -> dict[str, dict[str, float]]:
     """p50 and p99 in ms of single queries, and queries/s of 1 and 8 threads, by the best round."""
     best: dict[str, dict[str, float]] = {name: {} for name in competitors}
-    faiss.omp_set_num_threads(1)
     for _ in range(rounds):
         for name, find in competitors.items():
             own = unit[:20] if name == "numpy" else unit
@@ -247,7 +248,6 @@ def race(
             for key, value in told.items():
                 better = min if key.endswith("_ms") else max
                 best[name][key] = better(value, best[name].get(key, value))
-    faiss.omp_set_num_threads(len(os.sched_getaffinity(0)))
     return best
 
 

@@ -28,18 +28,20 @@ class ReadWriteLock:
     def reading(self) -> Iterator[None]:
         """Hold the lock beside other readers."""
         with self._changed:
-            self._readers_waiting += 1
-            try:
-                self._changed.wait_for(lambda: not self._writing and not self._writers_waiting)
-                self._readers += 1
-            finally:
-                self._readers_waiting -= 1
+            if self._writing or self._writers_waiting:
+                self._readers_waiting += 1
+                try:
+                    self._changed.wait_for(lambda: not self._writing and not self._writers_waiting)
+                finally:
+                    self._readers_waiting -= 1
+            self._readers += 1
         try:
             yield
         finally:
             with self._changed:
                 self._readers -= 1
-                self._changed.notify_all()
+                if not self._readers:  # nobody waits for fewer readers, but for none
+                    self._changed.notify_all()
 
     @contextmanager
     def writing(self) -> Iterator[None]:

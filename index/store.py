@@ -142,10 +142,8 @@ class Store:
             listed, values = ", ".join("?" * len(wanted)), wanted
         else:
             listed, values = "SELECT value FROM json_each(?)", [json.dumps(wanted)]
-        with self.database.reading() as connection:
-            found = connection.execute(
-                f"SELECT row, id, metadata FROM records WHERE row IN ({listed})", values
-            ).fetchall()
+        query = f"SELECT row, id, metadata FROM records WHERE row IN ({listed})"
+        found = self.database.rows(query, values)
         return {row: (record_id, self._metadata(text)) for row, record_id, text in found}
 
     def rows_of(self, ids: Iterable[str]) -> list[int]:
