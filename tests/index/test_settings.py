@@ -1,10 +1,13 @@
+from pathlib import Path
+
 import pytest
 
+from index import statistics
 from index.collection import Collection
 from index.collection_set import CollectionSet
-from index.errors import InvalidSettings
+from index.errors import CollectionNotFound, InvalidSettings
 from index.kinds import IndexSettings
-from tests.index.helpers import MODEL, SPACES
+from tests.index.helpers import MODEL, SPACES, fill
 
 
 def test_settings_must_fit_every_space(collections: CollectionSet, collection: Collection) -> None:
@@ -17,3 +20,20 @@ def test_settings_must_fit_every_space(collections: CollectionSet, collection: C
     with pytest.raises(InvalidSettings, match="must divide the dimension, 6, got 4"):
         collections.create("other", spaces=SPACES, model=MODEL, settings=wrong)
     assert collections.names() == ["pictures"]
+
+
+def test_statistics_of_a_collection_that_is_deleted_meanwhile(
+    collections: CollectionSet, collection: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(collection, 3)
+    cache_bytes = statistics.cache_bytes
+
+    def delete_first(folder: Path) -> int:
+        collections.delete("pictures")
+        return cache_bytes(folder)
+
+    monkeypatch.setattr(statistics, "cache_bytes", delete_first)
+    assert collection.stats().count == 3
+    assert collection._store.database.disk_bytes() == 0
+    with pytest.raises(CollectionNotFound):
+        collection.stats()
