@@ -34,6 +34,11 @@ A picture is sent as a multipart file (field `image`), as a raw `image/*` body, 
 URI or base64 string. With a multipart or raw picture the options stand in the query string; in JSON
 they are fields beside the picture. Every error has the shape
 `{"error": {"message", "type", "param", "code"}}`.
+
+A `filter` says by their metadata which pictures count, as in
+`{"must": [{"key": "label", "match": {"value": "cat"}}]}`: of its clauses `must`, `should` and
+`must_not` each is a list of conditions, and a condition is a `key` with `match`, `range` or
+`exists`. The page docs/filters.md has all of it.
 """
 
 
