@@ -94,3 +94,20 @@ class CollectionList(Answer):
     """Every collection."""
 
     collections: list[CollectionSummary]
+
+
+class SnapshotAnswer(Answer):
+    """A collection as it was."""
+
+    name: str = Field(description="when it was made, in UTC", examples=["20261122T203100Z"])
+    collection: str
+    created_at: float = Field(description="unix time in seconds; what was stored before is in it")
+    bytes: int = Field(description="the size of its file")
+    count: int = Field(description="how many pictures it holds")
+    model: str = Field(description="fingerprint of the model whose vectors it holds")
+
+
+class SnapshotList(Answer):
+    """A collection's snapshots, oldest first."""
+
+    snapshots: list[SnapshotAnswer]

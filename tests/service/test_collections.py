@@ -64,6 +64,8 @@ async def test_every_route_says_that_the_collection_is_missing(client: httpx.Asy
         ("POST", "search"),
         ("POST", "copies"),
         ("POST", "classify"),
+        ("POST", "snapshots"),
+        ("GET", "snapshots"),
     ):
         files = picture if method == "POST" else None
         response = await client.request(method, f"{URL}/nowhere/{path}", files=files)

@@ -28,7 +28,7 @@ def client(shared_client: httpx.AsyncClient) -> httpx.AsyncClient:
 
 
 def filled_in(path: str) -> str:
-    return path.replace("{name}", "default").replace("{id}", "a")
+    return path.replace("{name}", "default").replace("{id}", "a").replace("{snapshot}", "a")
 
 
 API = create_app(Settings(_env_file=None), encoder=FakeEncoder()).openapi()
@@ -55,6 +55,11 @@ def test_the_routes_are_those_of_the_contract() -> None:
         ("/v1/collections/{name}/search", "POST"),
         ("/v1/collections/{name}/copies", "POST"),
         ("/v1/collections/{name}/classify", "POST"),
+        ("/v1/collections/{name}/snapshots", "POST"),
+        ("/v1/collections/{name}/snapshots", "GET"),
+        ("/v1/collections/{name}/snapshots/{snapshot}", "GET"),
+        ("/v1/collections/{name}/snapshots/{snapshot}", "DELETE"),
+        ("/v1/collections/{name}/snapshots/{snapshot}/restore", "POST"),
     }
     assert len(BODIES) == 6
 
@@ -66,7 +71,7 @@ def test_every_route_of_collections_describes_its_errors() -> None:
         if path.startswith("/v1/collections")
         for operation in item.values()
     ]
-    assert len(described) == 13
+    assert len(described) == 18
     for responses in described:
         for status in ("400", "404", "409", "413", "415", "422", "429", "503", "507"):
             schema = responses[status]["content"]["application/json"]["schema"]
