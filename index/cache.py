@@ -173,7 +173,11 @@ def remove_caches(folder: Path, space: str | None = None) -> None:
 def cache_bytes(folder: Path) -> int:
     """How many bytes the caches of all spaces take on disk, unfinished ones included."""
     total = 0
-    for path in (folder / _FOLDER).glob("*"):
+    try:
+        paths = list((folder / _FOLDER).iterdir())
+    except FileNotFoundError:
+        return 0  # nothing was saved yet, or the collection was deleted meanwhile
+    for path in paths:
         try:
             total += path.stat().st_size
         except FileNotFoundError:

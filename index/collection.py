@@ -27,7 +27,7 @@ from index.errors import (
     RecordNotFound,
 )
 from index.filters import parse_filter
-from index.kinds import IndexSettings
+from index.kinds import IndexSettings, check_fit
 from index.maintenance import BuildPolicy, Maintenance
 from index.mirror import Mirror
 from index.records import (
@@ -266,7 +266,12 @@ class Collection:
         return self._mirror.search(space, queries, k, chosen=chosen)
 
     def configure(self, settings: IndexSettings) -> None:
-        """Ask for another kind of index. It is built while the present one answers."""
+        """Ask for another kind of index. It is built while the present one answers.
+
+        Raises:
+            InvalidSettings: they do not fit the collection's spaces.
+        """
+        check_fit(settings, self.spaces)
 
         def write(connection: Any) -> tuple[None, writes.Changes]:
             text = json.dumps(settings.to_dict())

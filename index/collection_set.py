@@ -172,6 +172,10 @@ class CollectionSet:
         """A collection's snapshots, oldest first. It may have been deleted since."""
         return self._snapshots.list(name)
 
+    def snapshot_path(self, name: str, snapshot: str) -> Path:
+        """A snapshot's file, to be read; raises `SnapshotNotFound`."""
+        return self._snapshots.path(name, snapshot)
+
     def delete_snapshot(self, name: str, snapshot: str) -> None:
         """Remove a snapshot for good; raises `SnapshotNotFound`."""
         self._snapshots.delete(name, snapshot)

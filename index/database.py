@@ -168,7 +168,13 @@ class Database:
     def disk_bytes(self) -> int:
         """What the file takes, with the log of its latest writes."""
         files = (self._path, self._path.with_name(f"{self._path.name}-wal"))
-        return sum(path.stat().st_size for path in files if path.exists())
+        total = 0
+        for path in files:
+            try:
+                total += path.stat().st_size
+            except FileNotFoundError:
+                continue  # there is no log, or all of it was deleted meanwhile
+        return total
 
     def close(self) -> None:
         """Wait for what is running, then close every connection. Closing twice is allowed."""

@@ -149,6 +149,12 @@ def pq_bytes_for(settings: IndexSettings, dimension: int) -> int:
     return wanted
 
 
+def check_fit(settings: IndexSettings, spaces: Mapping[str, int]) -> None:
+    """Raise `InvalidSettings` unless a collection with these spaces can have the settings."""
+    for dimension in spaces.values():
+        pq_bytes_for(settings, dimension)
+
+
 def _check_int(field: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise InvalidSettings(f"{field} must be a whole number from {low} to {high}, got {value!r}")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from index import schema
 from index.database import Database
 from index.errors import InvalidSettings
-from index.kinds import IndexSettings, Metric, check_metric
+from index.kinds import IndexSettings, Metric, check_fit, check_metric
 from index.records import Record, check_model, check_spaces, is_possible_id
 from index.schema import vectors_table
 
@@ -63,7 +63,9 @@ class Store:
         check_spaces(spaces)
         check_model(model)
         check_metric(metric)
-        described = json.dumps((settings or IndexSettings()).to_dict())
+        settings = settings or IndexSettings()
+        check_fit(settings, spaces)
+        described = json.dumps(settings.to_dict())
         database = Database(
             folder / FILE_NAME, described="the new collection", page_bytes=schema.PAGE_BYTES
         )

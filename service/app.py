@@ -17,7 +17,7 @@ from index.collection_set import CollectionSet
 from service.encoder import Encoder, TorchEncoder
 from service.errors import add_error_handlers
 from service.images import Limits, quiet_decoders
-from service.routes import attention, collections, copies, embeddings, health, search
+from service.routes import attention, collections, copies, embeddings, health, search, snapshots
 from service.services import Services
 from service.settings import Settings
 from service.uploads import Admission, BodyLimit
@@ -34,6 +34,11 @@ A picture is sent as a multipart file (field `image`), as a raw `image/*` body, 
 URI or base64 string. With a multipart or raw picture the options stand in the query string; in JSON
 they are fields beside the picture. Every error has the shape
 `{"error": {"message", "type", "param", "code"}}`.
+
+A `filter` says by their metadata which pictures count, as in
+`{"must": [{"key": "label", "match": {"value": "cat"}}]}`: of its clauses `must`, `should` and
+`must_not` each is a list of conditions, and a condition is a `key` with `match`, `range` or
+`exists`. The page docs/filters.md has all of it.
 """
 
 
@@ -63,7 +68,7 @@ def create_app(settings: Settings | None = None, *, encoder: Encoder | None = No
     app.add_middleware(Admission, max_requests=settings.max_requests)
     app.add_middleware(BodyLimit, max_bytes=settings.max_request_bytes)
     add_error_handlers(app)
-    for routes in (health, embeddings, attention, collections, search, copies):
+    for routes in (health, embeddings, attention, collections, snapshots, search, copies):
         app.include_router(routes.router)
     app.router.routes.append(_Page("/", StaticFiles(directory=_WEB, html=True), name="web"))
     return app

@@ -68,6 +68,14 @@ _INDEX_STATUS: Mapping[type[index_errors.CollectionError], tuple[int, str]] = Ma
         index_errors.CollectionError: (503, "store_unavailable"),
     }
 )
+# The part of a request that these are about.
+_INDEX_PARAM: Mapping[type[index_errors.CollectionError], str] = MappingProxyType(
+    {
+        index_errors.InvalidCursor: "cursor",
+        index_errors.InvalidFilter: "filter",
+        index_errors.InvalidSettings: "index",
+    }
+)
 
 
 def error_response(
@@ -106,7 +114,7 @@ def add_error_handlers(app: FastAPI) -> None:
         )
         if status >= 500:
             _log.error("%s", error, exc_info=error)
-        return error_response(status, str(error), code=code)
+        return error_response(status, str(error), code=code, param=_INDEX_PARAM.get(type(error)))
 
     @app.exception_handler(QueueFull)
     async def queue_full(_: Request, error: QueueFull) -> JSONResponse:

@@ -1,10 +1,12 @@
-"""What goes over the wire."""
+"""What goes over the wire; `service.collection_schemas` has collections and snapshots."""
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from backbone.pictures import Mode
+from index.records import OnDuplicate, Outcome
 from service.heatmaps import Colormap
 
 Picture = Annotated[
@@ -14,6 +16,15 @@ Picture = Annotated[
 Metadata = Annotated[
     dict[str, Any], Field(default_factory=dict, description="any JSON object, given back as it is")
 ]
+_FILTER_EXAMPLE = {
+    "must": [{"key": "label", "match": {"value": "cat"}}],
+    "must_not": [{"key": "stars", "range": {"lt": 3}}],
+}
+_FILTER_TOLD = (
+    "which pictures count, by their metadata: an object of must, should and must_not, each a list "
+    "of conditions; a condition is a key with one of match, range, exists, or another such object "
+    "(docs/filters.md)"
+)
 
 
 class Options(BaseModel):
@@ -24,6 +35,32 @@ class Options(BaseModel):
 
 class Answer(BaseModel):
     """Something that the service says."""
+
+
+class FilterText(Options):
+    """A filter in the query string."""
+
+    filter: str | None = Field(
+        default=None,
+        description=f"as JSON: {_FILTER_TOLD}",
+        examples=[json.dumps(_FILTER_EXAMPLE)],
+    )
+
+
+class FilterObject(Options):
+    """A filter in a JSON body. The index says what is wrong with one."""
+
+    filter: Annotated[
+        Any,
+        WithJsonSchema(
+            {
+                "anyOf": [{"type": "object"}, {"type": "null"}],
+                "default": None,
+                "description": _FILTER_TOLD,
+                "examples": [_FILTER_EXAMPLE],
+            }
+        ),
+    ] = None
 
 
 class ErrorDetail(Answer):
@@ -155,25 +192,16 @@ class ModelList(Answer):
     data: list[ModelCard]
 
 
-class CollectionAnswer(Answer):
-    """One collection."""
-
-    name: str
-    count: int
-    model: str = Field(description="fingerprint of the model whose vectors it holds")
-    created_at: float = Field(description="unix time in seconds")
-
-
-class CollectionList(Answer):
-    """Every collection."""
-
-    collections: list[CollectionAnswer]
-
-
 class Deleted(Answer):
     """What was deleted."""
 
     deleted: str
+
+
+class DeletedImages(Answer):
+    """How many pictures were deleted."""
+
+    deleted: int
 
 
 class NewImage(Options):
@@ -184,13 +212,23 @@ class NewImage(Options):
     metadata: Metadata
 
 
-class NewImages(Options):
+class UploadOptions(Options):
+    """For all pictures of an upload."""
+
+    on_duplicate: OnDuplicate = Field(
+        default="add",
+        description="what becomes of a new id whose very content another picture has: add it all "
+        "the same, skip it, or update the other's metadata, under the other's id",
+    )
+
+
+class NewImages(UploadOptions):
     """Pictures for a collection."""
 
     images: list[NewImage] = Field(min_length=1)
 
 
-class ImageOptions(Options):
+class ImageOptions(UploadOptions):
     """For a raw picture: its id and metadata."""
 
     id: str | None = Field(default=None, description="default: made from the content's hash")
@@ -201,7 +239,12 @@ class Stored(Answer):
     """What happened to one picture of an upload; `error` where it failed."""
 
     id: str | None = Field(description="null where it failed and no id was given")
-    outcome: Literal["created", "updated", "unchanged", "failed"]
+    outcome: Outcome | Literal["failed"]
+    same_as: str | None = Field(
+        default=None,
+        description="the picture with the same content that stands in this one's place, where "
+        "on_duplicate was skip or update",
+    )
     error: ErrorDetail | None = None
 
 
@@ -221,7 +264,7 @@ class ImageRecord(Answer):
     updated_at: float
 
 
-class PageOptions(Options):
+class PageOptions(FilterText):
     """Which part of a listing."""
 
     cursor: str | None = Field(default=None, description="next_cursor of the page before")
@@ -235,14 +278,18 @@ class ImagePage(Answer):
     next_cursor: str | None
 
 
-class SearchOptions(Options):
+class SearchTerms(Options):
     """How many matches, and how good."""
 
     k: int = Field(default=10, ge=1, le=1000, description="most matches")
     min_score: float | None = Field(default=None, ge=-1.0, le=1.0, description="least cosine")
 
 
-class SearchRequest(SearchOptions):
+class SearchOptions(SearchTerms, FilterText):
+    """A search's options beside a picture."""
+
+
+class SearchRequest(SearchTerms, FilterObject):
     """A search by one of: a picture, the id of one in the collection, a vector."""
 
     image: Picture | None = None
@@ -264,7 +311,7 @@ class SearchAnswer(Answer):
     matches: list[SearchMatch]
 
 
-class ClassifyOptions(Options):
+class ClassifyTerms(Options):
     """The k-NN vote."""
 
     label: str | None = Field(
@@ -274,7 +321,11 @@ class ClassifyOptions(Options):
     temperature: float = Field(default=0.07, gt=0.0, description="weight is exp(score / this)")
 
 
-class ClassifyRequest(ClassifyOptions):
+class ClassifyOptions(ClassifyTerms, FilterText):
+    """The vote's options beside a picture."""
+
+
+class ClassifyRequest(ClassifyTerms, FilterObject):
     """One picture to classify."""
 
     image: Picture
@@ -294,13 +345,17 @@ class ClassifyAnswer(Answer):
     neighbours: list[SearchMatch]
 
 
-class CopyOptions(Options):
+class CopyTerms(Options):
     """How many candidates."""
 
     k: int = Field(default=10, ge=1, le=1000, description="most candidates")
 
 
-class CopyRequest(CopyOptions):
+class CopyOptions(CopyTerms, FilterText):
+    """The options beside a picture."""
+
+
+class CopyRequest(CopyTerms, FilterObject):
     """One picture whose copies are looked for."""
 
     image: Picture

@@ -14,6 +14,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from index.errors import InvalidFilter
 from service.errors import RequestError, error_response
 from service.vision import EncodedPicture
 
@@ -205,6 +206,20 @@ def parse_metadata(text: str, *, param: str) -> dict[str, Any]:
             f"{param} is not a JSON object, it is {text[:80]}", code="invalid_metadata", param=param
         )
     return value
+
+
+def parse_filter(text: str | None) -> Any:
+    """The query parameter `filter` as decoded from JSON, for the index to look at; None: none.
+
+    Raises:
+        InvalidFilter: text that is no JSON.
+    """
+    if text is None:
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidFilter(f"filter: it is not JSON: {error}") from error
 
 
 @asynccontextmanager

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import anyio.to_thread
@@ -11,16 +11,31 @@ import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 
 from index.collection import Collection, NewRecord, Record
-from index.errors import CollectionExists, CollectionNotFound, RecordNotFound, StoreDamaged
+from index.errors import (
+    CollectionExists,
+    CollectionNotFound,
+    InvalidFilter,
+    RecordNotFound,
+    StoreDamaged,
+)
+from index.kinds import IndexSettings
+from index.records import OnDuplicate, UpsertOutcome
 from service import uploads
-from service.encoder import Task
-from service.errors import ImageError, RequestError
-from service.routes.openapi import ERRORS, picture_body
-from service.schemas import (
+from service.collection_schemas import (
     CollectionAnswer,
     CollectionList,
+    CollectionOptions,
+    CollectionSummary,
+    IndexAnswer,
+)
+from service.encoder import Task
+from service.errors import ImageError, RequestError
+from service.routes.openapi import ERRORS, json_body, picture_body
+from service.schemas import (
     Deleted,
+    DeletedImages,
     ErrorDetail,
+    FilterText,
     ImageOptions,
     ImagePage,
     ImageRecord,
@@ -41,29 +56,55 @@ def list_collections(services: Served) -> CollectionList:
     answers = []
     for name in services.collections.names():
         try:
-            answers.append(_answer(services.collections.get(name)))
+            answers.append(_summary(services.collections.get(name)))
         except (CollectionNotFound, StoreDamaged):
             continue  # deleted since, or damaged
     return CollectionList(collections=answers)
 
 
-@router.put("/{name}", summary="Make a collection", status_code=201)
-def make_collection(name: str, services: Served, response: Response) -> CollectionAnswer:
-    """201 when it was made, 200 when it was there already."""
-    try:
-        collection = services.collections.create(
-            name, spaces=services.spaces, model=services.vision.info.fingerprint
-        )
-    except CollectionExists:
-        response.status_code = 200
-        collection = services.collection(name)
-    return _answer(collection)
+@router.put(
+    "/{name}",
+    summary="Make a collection, or choose its index",
+    status_code=201,
+    responses={200: {"model": CollectionAnswer, "description": "It was there already."}},
+    openapi_extra=json_body(CollectionOptions),
+)
+async def make_collection(
+    name: str, request: Request, services: Served, response: Response
+) -> CollectionAnswer:
+    """201 when it was made, 200 when it was there already.
+
+    Another index is built in the background, while the present one answers.
+    """
+    options = await _read_options(request)
+    settings = (
+        None
+        if options.index is None
+        else IndexSettings.from_dict(options.index.model_dump(exclude_unset=True))
+    )
+
+    def make() -> CollectionAnswer:
+        try:
+            collection = services.collections.create(
+                name,
+                spaces=services.spaces,
+                model=services.vision.info.fingerprint,
+                settings=settings,
+            )
+        except CollectionExists:
+            response.status_code = 200
+            collection = services.collection(name)
+            if settings is not None:
+                collection.configure(settings)
+        return collection_answer(collection)
+
+    return await anyio.to_thread.run_sync(make)
 
 
 @router.get("/{name}", summary="One collection")
 def get_collection(name: str, services: Served) -> CollectionAnswer:
-    """How many pictures it holds, and of which model."""
-    return _answer(services.collections.get(name))
+    """How many pictures it holds, of which model, and what stands of its index."""
+    return collection_answer(services.collections.get(name))
 
 
 @router.delete("/{name}", summary="Delete a collection")
@@ -85,19 +126,18 @@ async def add_images(
 ) -> StoredImages:
     """Durable when the answer comes. A bad picture fails alone, unless it is the only one."""
     collection = services.collection(name)
-    incoming = await _read_images(request, services, query)
+    incoming, on_duplicate = await _read_images(request, services, query)
     results = await asyncio.gather(*(_prepare(collection, services, image) for image in incoming))
     if len(results) == 1 and isinstance(results[0], RequestError):
         raise results[0]
-    new = [result for result in results if isinstance(result, _New)]
-    outcomes = iter(await _store(collection, services, new))
+    new = _to_be_written([r for r in results if isinstance(r, _Ready)], on_duplicate)
+    outcomes = await _store(collection, services, new, on_duplicate)
+    written = dict(zip(new, outcomes, strict=True))
     return StoredImages(
         images=[
-            Stored(id=result.record_id, outcome=next(outcomes))
-            if isinstance(result, _New)
-            else _failed(image.id, result)
+            _failed(image.id, result)
             if isinstance(result, RequestError)
-            else Stored(id=result.id, outcome="unchanged")
+            else _stored(result, written.get(result))
             for image, result in zip(incoming, results, strict=True)
         ]
     )
@@ -106,8 +146,24 @@ async def add_images(
 @router.get("/{name}/images", summary="The pictures of a collection, page by page")
 def list_images(name: str, services: Served, query: Annotated[PageOptions, Query()]) -> ImagePage:
     """In the order of their first insertion."""
-    page = services.collections.get(name).scroll(cursor=query.cursor, limit=query.limit)
+    page = services.collections.get(name).scroll(
+        cursor=query.cursor, limit=query.limit, filter=uploads.parse_filter(query.filter)
+    )
     return ImagePage(images=[_record(r) for r in page.records], next_cursor=page.next_cursor)
+
+
+@router.delete("/{name}/images", summary="Delete the pictures that pass a filter")
+def delete_images(
+    name: str, services: Served, query: Annotated[FilterText, Query()]
+) -> DeletedImages:
+    """All of them or none, durable when the answer comes. A filter with a condition is needed."""
+    collection = services.collections.get(name)
+    chosen = uploads.parse_filter(query.filter)
+    if chosen is None:
+        raise InvalidFilter(
+            "filter: it is missing; the query parameter says which pictures are to be deleted"
+        )
+    return DeletedImages(deleted=collection.delete_where(chosen))
 
 
 @router.get("/{name}/images/{id:path}", summary="One picture's record")
@@ -135,6 +191,19 @@ def get_thumbnail(name: str, id: str, services: Served) -> Response:  # noqa: A0
     return Response(services.collections.get(name).thumbnail(id), media_type="image/jpeg")
 
 
+def collection_answer(collection: Collection) -> CollectionAnswer:
+    """A collection as it goes over the wire; reads sizes on disk."""
+    stats = collection.stats()
+    index = IndexAnswer.model_validate({**asdict(stats), "settings": collection.settings.to_dict()})
+    return CollectionAnswer(
+        name=stats.name,
+        count=stats.count,
+        model=stats.model,
+        created_at=collection.created_at,
+        index=index,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Incoming:
     picture: EncodedPicture
@@ -142,26 +211,42 @@ class _Incoming:
     metadata: dict[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _New:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Ready:
+    """A picture that can be stored; `is_known`: its record is there and equal."""
+
     record_id: str
     metadata: dict[str, Any]
     prepared: Prepared
+    is_known: bool
+
+
+async def _read_options(request: Request) -> CollectionOptions:
+    if not await request.body():
+        return CollectionOptions()
+    if not uploads.is_json(request):
+        raise RequestError(
+            "what a collection should be like is told as application/json, or not at all",
+            code="unsupported_media_type",
+            status=415,
+        )
+    return await uploads.read_json(request, CollectionOptions)
 
 
 async def _read_images(
     request: Request, services: Services, query: ImageOptions
-) -> Sequence[_Incoming]:
+) -> tuple[Sequence[_Incoming], OnDuplicate]:
     most = services.settings.max_request_images
     if uploads.is_json(request):
         body = await uploads.read_json(request, NewImages)
         pictures = uploads.pictures_of(
             [image.image for image in body.images], max_pictures=most, param="images"
         )
-        return [
+        images = [
             _Incoming(picture=picture, id=image.id, metadata=image.metadata)
             for picture, image in zip(pictures, body.images, strict=True)
         ]
+        return images, body.on_duplicate
     upload = await uploads.read_upload(request, max_pictures=most, described=True)
     ids: list[str] = upload.ids or ([query.id] if query.id is not None else [])
     texts = upload.metadata or ([query.metadata] if query.metadata is not None else [])
@@ -176,7 +261,7 @@ async def _read_images(
     metadata = [
         uploads.parse_metadata(text, param=f"metadata[{i}]") for i, text in enumerate(texts)
     ]
-    return [
+    images = [
         _Incoming(
             picture=picture,
             id=ids[i] if ids else None,
@@ -184,12 +269,13 @@ async def _read_images(
         )
         for i, picture in enumerate(upload.pictures)
     ]
+    return images, query.on_duplicate
 
 
 async def _prepare(
     collection: Collection, services: Services, image: _Incoming
-) -> _New | Record | RequestError:
-    """What is to be written; or the record that is there already; or why there is neither."""
+) -> _Ready | RequestError:
+    """The picture as the model takes it, or why there is none."""
     try:
         prepared = await services.vision.prepare(
             image.picture, ("cls", "copy"), keep_thumbnail=True
@@ -198,13 +284,24 @@ async def _prepare(
         return error
     record_id = image.id if image.id is not None else prepared.content_hash
     known = await anyio.to_thread.run_sync(_find, collection, record_id)
-    if (
-        known is not None
+    return _Ready(
+        record_id=record_id,
+        metadata=image.metadata,
+        prepared=prepared,
+        is_known=known is not None
         and known.content_hash == prepared.content_hash
-        and _same_json(known.metadata, image.metadata)
-    ):
-        return known
-    return _New(record_id=record_id, metadata=image.metadata, prepared=prepared)
+        and _same_json(known.metadata, image.metadata),
+    )
+
+
+def _to_be_written(ready: Sequence[_Ready], on_duplicate: OnDuplicate) -> list[_Ready]:
+    """All but those that are known, and that no other picture of the request may change."""
+    changing = [one for one in ready if not one.is_known]
+    ids = {one.record_id for one in changing}
+    if on_duplicate == "update":
+        hashes = {one.prepared.content_hash for one in changing}
+        ids |= {one.record_id for one in ready if one.prepared.content_hash in hashes}
+    return [one for one in ready if not one.is_known or one.record_id in ids]
 
 
 def _same_json(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -219,7 +316,9 @@ def _find(collection: Collection, record_id: str) -> Record | None:
         return None
 
 
-async def _store(collection: Collection, services: Services, new: Sequence[_New]) -> list[Any]:
+async def _store(
+    collection: Collection, services: Services, new: Sequence[_Ready], on_duplicate: OnDuplicate
+) -> list[UpsertOutcome]:
     if not new:
         return []
     vision = services.vision
@@ -238,8 +337,17 @@ async def _store(collection: Collection, services: Services, new: Sequence[_New]
         )
         for i, one in enumerate(new)
     ]
-    written = await anyio.to_thread.run_sync(collection.upsert, records)
-    return [outcome.outcome for outcome in written]
+
+    def write() -> list[UpsertOutcome]:
+        return collection.upsert(records, on_duplicate=on_duplicate)
+
+    return await anyio.to_thread.run_sync(write)
+
+
+def _stored(ready: _Ready, written: UpsertOutcome | None) -> Stored:
+    if written is None:
+        return Stored(id=ready.record_id, outcome="unchanged")
+    return Stored(id=written.id, outcome=written.outcome, same_as=written.same_as)
 
 
 def _failed(record_id: str | None, error: RequestError) -> Stored:
@@ -249,8 +357,8 @@ def _failed(record_id: str | None, error: RequestError) -> Stored:
     return Stored(id=record_id, outcome="failed", error=detail)
 
 
-def _answer(collection: Collection) -> CollectionAnswer:
-    return CollectionAnswer(
+def _summary(collection: Collection) -> CollectionSummary:
+    return CollectionSummary(
         name=collection.name,
         count=collection.count(),
         model=collection.model,

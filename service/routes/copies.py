@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Request
 from index.collection import Match
 from service import uploads
 from service.routes.openapi import ERRORS, picture_body
-from service.schemas import CopyAnswer, CopyMatch, CopyOptions, CopyRequest
+from service.schemas import CopyAnswer, CopyMatch, CopyOptions, CopyRequest, CopyTerms
 from service.services import Served
 from service.vision import EncodedPicture
 
@@ -21,17 +21,18 @@ async def copies(
 ) -> CopyAnswer:
     """Raw scores, no verdict: a threshold means nothing before the collection is calibrated."""
     collection = services.collection(name)
-    options = query
+    options: CopyTerms = query
     if uploads.is_json(request):
         body = await uploads.read_json(request, CopyRequest)
-        options = body
+        options, chosen = body, body.filter
         picture = EncodedPicture(content=body.image, param="image")
     else:
+        chosen = uploads.parse_filter(query.filter)
         picture = await uploads.read_one(request)
     vector = (await services.vision.encode("copy", [picture]))[0]
 
     def find() -> list[Match]:
-        return collection.search(vector, k=options.k, space="copy")
+        return collection.search(vector, k=options.k, space="copy", filter=chosen)
 
     matches = await anyio.to_thread.run_sync(find)
     return CopyAnswer(matches=[CopyMatch(id=m.id, score=m.score) for m in matches])

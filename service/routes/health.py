@@ -27,7 +27,7 @@ async def readyz(services: Served, response: Response) -> Health:
 
     Damaged collections are listed, but leave the service ready: the others work.
     """
-    reasons = [str(error) for error in services.collections.damaged.values()]
+    reasons = [str(error) for error in list(services.collections.damaged.values())]
     ready = services.vision.alive
     if not ready:
         reasons.append("the model's thread has ended; restart the service")

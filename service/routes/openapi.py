@@ -9,9 +9,9 @@ from service.schemas import ErrorAnswer
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": description}
     for status, description in {
-        400: "A picture, a vector or a field that cannot be used; the message names it.",
-        404: "No such model, collection or picture.",
-        409: "The collection was made with another model, or its name is taken.",
+        400: "A picture, a vector, a filter or a field that cannot be used; the message names it.",
+        404: "No such model, collection, snapshot or picture.",
+        409: "The collection was made with another model, or the snapshot is damaged.",
         413: "A picture or the request is too large.",
         415: "Not a picture, or not of an allowed format.",
         422: "A parameter that is unknown, or not of its kind; the message names it.",
@@ -25,9 +25,6 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 def picture_body(model: type[BaseModel], *, fields: dict[str, Any] | None = None) -> dict[str, Any]:
     """`openapi_extra` for a route that takes `model` as JSON, or pictures as a form or raw."""
     form = {"image": {"type": "string", "format": "binary"}, **(fields or {})}
-    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    definitions = schema.pop("$defs", {})
-    schema = _inlined(schema, definitions)
     return {
         "requestBody": {
             "required": True,
@@ -36,10 +33,21 @@ def picture_body(model: type[BaseModel], *, fields: dict[str, Any] | None = None
                     "schema": {"type": "object", "properties": form, "required": ["image"]}
                 },
                 "image/*": {"schema": {"type": "string", "format": "binary"}},
-                "application/json": {"schema": schema},
+                "application/json": {"schema": _schema(model)},
             },
         }
     }
+
+
+def json_body(model: type[BaseModel]) -> dict[str, Any]:
+    """`openapi_extra` for a route that may be given `model` as JSON."""
+    content = {"application/json": {"schema": _schema(model)}}
+    return {"requestBody": {"required": False, "content": content}}
+
+
+def _schema(model: type[BaseModel]) -> Any:
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    return _inlined(schema, schema.pop("$defs", {}))
 
 
 def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:

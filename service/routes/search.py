@@ -18,11 +18,13 @@ from service.schemas import (
     ClassifyAnswer,
     ClassifyOptions,
     ClassifyRequest,
+    ClassifyTerms,
     LabelProbability,
     SearchAnswer,
     SearchMatch,
     SearchOptions,
     SearchRequest,
+    SearchTerms,
 )
 from service.services import Served, Services
 from service.vision import EncodedPicture
@@ -36,18 +38,21 @@ async def search(
 ) -> SearchAnswer:
     """By a picture, by the id of one in the collection (itself left out), or by a vector."""
     collection = services.collection(name)
-    options: SearchOptions = query
+    options: SearchTerms = query
     exclude: list[str] = []
     if uploads.is_json(request):
         body = await uploads.read_json(request, SearchRequest)
-        options = body
+        options, chosen = body, body.filter
         vector, exclude = await _vector_of(body, collection, services)
     else:
+        chosen = uploads.parse_filter(query.filter)
         picture = await uploads.read_one(request)
         vector = await _embed(picture, services)
 
     def find() -> list[Match]:
-        return collection.search(vector, k=options.k, min_score=options.min_score, exclude=exclude)
+        return collection.search(
+            vector, k=options.k, filter=chosen, min_score=options.min_score, exclude=exclude
+        )
 
     return SearchAnswer(matches=to_matches(await anyio.to_thread.run_sync(find)))
 
@@ -60,12 +65,13 @@ async def classify(
 ) -> ClassifyAnswer:
     """Each of the k nearest votes for its label with weight exp(score / temperature)."""
     collection = services.collection(name)
-    options = query
+    options: ClassifyTerms = query
     if uploads.is_json(request):
         body = await uploads.read_json(request, ClassifyRequest)
-        options = body
+        options, chosen = body, body.filter
         picture = EncodedPicture(content=body.image, param="image")
     else:
+        chosen = uploads.parse_filter(query.filter)
         picture = await uploads.read_one(request)
     label = options.label
     if label is None:
@@ -77,7 +83,7 @@ async def classify(
     vector = await _embed(picture, services)
 
     def find() -> list[Match]:
-        return collection.search(vector, k=options.k)
+        return collection.search(vector, k=options.k, filter=chosen)
 
     neighbours = await anyio.to_thread.run_sync(find)
     return ClassifyAnswer(

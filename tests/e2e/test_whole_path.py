@@ -116,6 +116,17 @@ def test_pretrain_export_serve_search_restart(model: Path, tmp_path: Path) -> No
     try:
         assert [search(client, path) for path in PICTURES] == before
         assert run(*ingest[:-1], str(client.base_url)).startswith("0 created, 0 updated")
+        collection = "/v1/collections/own"
+        snapshot = client.post(f"{collection}/snapshots").json()["name"]
+        assert client.delete(collection).json() == {"deleted": "own"}
+        restored = client.post(f"{collection}/snapshots/{snapshot}/restore").json()
+        assert restored["count"] == sent
+        assert [search(client, path) for path in PICTURES] == before
+        last = PICTURES[-1].name
+        chosen = {"must": {"key": "name", "match": {"value": last}}}
+        query = {"id": PICTURES[0].name, "filter": chosen}
+        matches = client.post(f"{collection}/search", json=query).json()["matches"]
+        assert [match["id"] for match in matches] == [last]
     finally:
         stop(process, client)
 

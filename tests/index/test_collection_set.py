@@ -244,3 +244,9 @@ def test_damage_that_shows_later_is_reported_too(root: Path) -> None:
             collection.get("r1")
         with pytest.raises(StoreDamaged, match="metadata"):
             collection.search(vectors(1)["cls"], k=1)
+
+
+def test_a_snapshots_path(collections: CollectionSet) -> None:
+    fill(create(collections), 1)
+    made = collections.snapshot("pictures")
+    assert collections.snapshot_path("pictures", made.name).stat().st_size == made.bytes

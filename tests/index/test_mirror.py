@@ -44,8 +44,9 @@ def test_a_failed_filling_is_made_up_for_later(
     fill(collection, 5)
     failing_once(monkeypatch, View, "after")
     failing_once(monkeypatch, loading, "load")
+    assert outcomes(collection, record("new", 40)) == ["created"]  # it stands, so it is told
     with pytest.raises(MemoryError) as raised:
-        collection.upsert([record("new", 40)])
+        collection.count()
     assert collection.search(vectors(40)["cls"], k=1)[0].id == "new"  # it had been committed
     assert collection.count() == 6
     collection.close()  # does not wait for what the traceback still refers to

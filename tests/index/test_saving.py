@@ -33,7 +33,7 @@ def test_an_index_whose_last_bytes_do_not_fit_is_an_error(rows: int) -> None:
 def test_what_was_saved_answers_alike(tmp_path: Path, kind: Kind) -> None:
     ann = built(kind, 1000)
     ann.save(tmp_path / "ann")
-    again = Ann.load(tmp_path / "ann", kind, "l2", effort=ann.effort)
+    again = Ann.load(tmp_path / "ann", kind, "l2", structure=ann.structure, effort=ann.effort)
     queries = np.random.default_rng(1).standard_normal((20, 8)).astype(np.float32)
     for ours, theirs in zip(ann.search(queries, 5), again.search(queries, 5), strict=True):
         np.testing.assert_array_equal(ours, theirs)

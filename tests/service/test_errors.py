@@ -28,12 +28,12 @@ def client(shared_client: httpx.AsyncClient) -> httpx.AsyncClient:
 
 
 def filled_in(path: str) -> str:
-    return path.replace("{name}", "default").replace("{id}", "a")
+    return path.replace("{name}", "default").replace("{id}", "a").replace("{snapshot}", "a")
 
 
 API = create_app(Settings(_env_file=None), encoder=FakeEncoder()).openapi()
 ROUTES = [(path, method.upper()) for path, item in API["paths"].items() for method in item]
-BODIES = [filled_in(path) for path, item in API["paths"].items() if "requestBody" in str(item)]
+BODIES = [filled_in(path) for path, item in API["paths"].items() if "multipart" in str(item)]
 
 
 def test_the_routes_are_those_of_the_contract() -> None:
@@ -49,13 +49,33 @@ def test_the_routes_are_those_of_the_contract() -> None:
         ("/v1/collections/{name}", "DELETE"),
         ("/v1/collections/{name}/images", "POST"),
         ("/v1/collections/{name}/images", "GET"),
+        ("/v1/collections/{name}/images", "DELETE"),
         ("/v1/collections/{name}/images/{id}", "GET"),
         ("/v1/collections/{name}/images/{id}", "DELETE"),
         ("/v1/collections/{name}/search", "POST"),
         ("/v1/collections/{name}/copies", "POST"),
         ("/v1/collections/{name}/classify", "POST"),
+        ("/v1/collections/{name}/snapshots", "POST"),
+        ("/v1/collections/{name}/snapshots", "GET"),
+        ("/v1/collections/{name}/snapshots/{snapshot}", "GET"),
+        ("/v1/collections/{name}/snapshots/{snapshot}", "DELETE"),
+        ("/v1/collections/{name}/snapshots/{snapshot}/restore", "POST"),
     }
     assert len(BODIES) == 6
+
+
+def test_every_route_of_collections_describes_its_errors() -> None:
+    described = [
+        operation["responses"]
+        for path, item in API["paths"].items()
+        if path.startswith("/v1/collections")
+        for operation in item.values()
+    ]
+    assert len(described) == 18
+    for responses in described:
+        for status in ("400", "404", "409", "413", "415", "422", "429", "503", "507"):
+            schema = responses[status]["content"]["application/json"]["schema"]
+            assert schema == {"$ref": "#/components/schemas/ErrorAnswer"}
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "PATCH"])

@@ -125,7 +125,7 @@ async def test_queries_that_cannot_be(filled: httpx.AsyncClient) -> None:
         error_of(await ask(vector=wrong), 400, "invalid_vector")
     assert error_of(await ask(vector=["a"] * 48), 422)["param"] == "vector[0]"
     assert "'grey'" in error_of(await ask(id="grey"), 404, "image_not_found")["message"]
-    for option, value in (("k", 0), ("k", 1001), ("k", 1.5), ("min_score", 1.5), ("filter", {})):
+    for option, value in (("k", 0), ("k", 1001), ("k", 1.5), ("min_score", 1.5), ("where", {})):
         error = error_of(await ask(id="red", **{option: value}), 422, "invalid_parameter")
         assert error["param"] == option
     error = error_of(await ask(image="https://example.com/a.png"), 400, "url_fetching_off")

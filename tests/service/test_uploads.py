@@ -38,7 +38,9 @@ async def test_several_with_ids_and_metadata(client: httpx.AsyncClient) -> None:
         await upload(client, png(1), png(2), png(3), ids=["a", "b", "c"], metadata=metadata)
     )
     assert answer == {
-        "images": [{"id": i, "outcome": "created", "error": None} for i in ("a", "b", "c")]
+        "images": [
+            {"id": i, "outcome": "created", "same_as": None, "error": None} for i in ("a", "b", "c")
+        ]
     }
     page = await listed(client)
     assert [one["id"] for one in page["images"]] == ["a", "b", "c"]
@@ -51,7 +53,8 @@ async def test_without_an_id_it_is_made_from_the_content(client: httpx.AsyncClie
     answer = json_of(await upload(client, png(1), png(2)))
     assert [one["id"] for one in answer["images"]] == ids
     again = json_of(await client.post(URL, content=png(1), headers={"Content-Type": "image/png"}))
-    assert again["images"] == [{"id": ids[0], "outcome": "unchanged", "error": None}]
+    (image,) = again["images"]
+    assert image == {"id": ids[0], "outcome": "unchanged", "same_as": None, "error": None}
 
 
 async def test_json_and_raw_uploads(client: httpx.AsyncClient) -> None:
@@ -63,7 +66,8 @@ async def test_json_and_raw_uploads(client: httpx.AsyncClient) -> None:
         headers={"Content-Type": "image/png"},
         params={"id": "b", "metadata": '{"n": 2}'},
     )
-    assert json_of(response)["images"][0] == {"id": "b", "outcome": "created", "error": None}
+    (image,) = json_of(response)["images"]
+    assert image == {"id": "b", "outcome": "created", "same_as": None, "error": None}
     page = await listed(client)
     assert [(one["id"], one["metadata"]) for one in page["images"]] == [
         ("a", {"n": 1}),
@@ -222,3 +226,79 @@ async def test_thumbnails_are_small_upright_pictures(client: httpx.AsyncClient) 
     )
     assert difference / (192 * 144 * 3) < 4.0
     assert opened((await client.get(f"{THUMBNAILS}/small")).content).size == (20, 10)
+
+
+async def outcomes(client: httpx.AsyncClient, policy: str, *contents: bytes, **given: Any) -> Any:
+    """What became of pictures as (outcome, same_as)."""
+    files = [("image", ("a.png", content)) for content in contents]
+    data = {"id": given["ids"], "metadata": [json.dumps(one) for one in given["metadata"]]}
+    params = {"on_duplicate": policy}
+    answer = json_of(await client.post(URL, files=files, data=data, params=params))
+    return [(one["outcome"], one["same_as"]) for one in answer["images"]]
+
+
+async def labels(client: httpx.AsyncClient) -> dict[str, Any]:
+    return {one["id"]: one["metadata"].get("n") for one in (await listed(client))["images"]}
+
+
+async def test_on_duplicate(client: httpx.AsyncClient) -> None:
+    async def send(policy: str, new_id: str, n: int) -> Any:
+        return await outcomes(client, policy, png(1), ids=[new_id], metadata=[{"n": n}])
+
+    assert await send("skip", "a", 1) == [("created", None)]
+    assert await send("skip", "b", 2) == [("skipped", "a")]
+    assert await labels(client) == {"a": 1}
+    assert await send("update", "b", 3) == [("updated", "a")]
+    assert await send("update", "b", 3) == [("unchanged", "a")]
+    assert await labels(client) == {"a": 3}
+    assert await send("add", "b", 4) == [("created", None)]
+    assert await labels(client) == {"a": 3, "b": 4}
+    for policy in ("add", "skip", "update"):  # an id that is known decides before the content
+        assert await send(policy, "b", 4) == [("unchanged", None)]
+        assert await send(policy, "b", 5) == [("updated", None)]
+        assert await send(policy, "b", 4) == [("updated", None)]
+    assert await labels(client) == {"a": 3, "b": 4}
+
+
+async def test_on_duplicate_in_json_and_by_default(client: httpx.AsyncClient) -> None:
+    images = [{"image": data_uri(png(1)), "id": one} for one in ("a", "b")]
+    answer = json_of(await client.post(URL, json={"images": images, "on_duplicate": "skip"}))
+    assert [(one["outcome"], one["same_as"]) for one in answer["images"]] == [
+        ("created", None),
+        ("skipped", "a"),
+    ]
+    answer = json_of(await client.post(URL, json={"images": images}))
+    assert [one["outcome"] for one in answer["images"]] == ["unchanged", "created"]
+    for request in (
+        {"json": {"images": images, "on_duplicate": "keep"}},
+        {"files": {"image": ("a.png", png(1))}, "params": {"on_duplicate": "keep"}},
+    ):
+        error = error_of(await client.post(URL, **request), 422, "invalid_parameter")
+        assert error["param"] == "on_duplicate"
+
+
+@pytest.mark.parametrize("policy", ["add", "skip", "update"])
+async def test_the_same_again_is_free_under_each_policy(
+    client: httpx.AsyncClient, encoder: FakeEncoder, policy: str
+) -> None:
+    given = {"ids": ["a", "b"], "metadata": [{"n": 1}, {"n": 2}]}
+    assert await outcomes(client, "add", png(1), png(1), **given) == [("created", None)] * 2
+    encoder.calls.clear()
+    assert await outcomes(client, policy, png(1), png(1), **given) == [("unchanged", None)] * 2
+    assert encoder.calls == []
+
+
+async def test_what_is_known_counts_in_the_order_of_the_request(client: httpx.AsyncClient) -> None:
+    known = {"ids": ["a"], "metadata": [{"n": 1}]}
+    await outcomes(client, "add", png(1), **known)
+    # Another content for `a`, then its old one again: the last stays.
+    twice = {"ids": ["a", "a"], "metadata": [{"n": 1}, {"n": 1}]}
+    found = await outcomes(client, "add", png(2), png(1), **twice)
+    assert found == [("updated", None), ("updated", None)]
+    hashes = [one["content_hash"] for one in (await listed(client))["images"]]
+    assert hashes == [hashlib.sha256(png(1)).hexdigest()]
+    # Another's upload updates `a`, then `a` itself comes as it was.
+    both = {"ids": ["b", "a"], "metadata": [{"n": 9}, {"n": 1}]}
+    found = await outcomes(client, "update", png(1), png(1), **both)
+    assert found == [("updated", "a"), ("updated", None)]
+    assert await labels(client) == {"a": 1}

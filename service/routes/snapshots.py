@@ -1,0 +1,77 @@
+"""Copies of whole collections: made, listed, downloaded, restored, deleted."""
+
+from dataclasses import asdict
+
+from fastapi import APIRouter
+from fastapi.responses import FileResponse
+
+from index.errors import SnapshotNotFound
+from index.snapshots import Snapshot
+from service.collection_schemas import CollectionAnswer, SnapshotAnswer, SnapshotList
+from service.routes.collections import collection_answer
+from service.routes.openapi import ERRORS
+from service.schemas import Deleted
+from service.services import Served
+
+_SQLITE = "application/vnd.sqlite3"
+
+router = APIRouter(prefix="/v1/collections/{name}/snapshots", tags=["snapshots"], responses=ERRORS)
+
+
+@router.post("", summary="Make a snapshot", status_code=201)
+def make_snapshot(name: str, services: Served) -> SnapshotAnswer:
+    """A copy of the collection as it is now, on disk when the answer comes.
+
+    Searches and uploads go on meanwhile.
+    """
+    return _answer(services.collections.snapshot(name))
+
+
+@router.get("", summary="A collection's snapshots")
+def list_snapshots(name: str, services: Served) -> SnapshotList:
+    """Oldest first; those of a collection that is damaged, or was deleted, too."""
+    found = services.collections.snapshots(name)
+    if not found and name not in services.collections.names():
+        services.collections.get(name)  # says that there is none
+    return SnapshotList(snapshots=[_answer(snapshot) for snapshot in found])
+
+
+@router.get(
+    "/{snapshot}",
+    summary="Download a snapshot",
+    response_class=FileResponse,
+    responses={200: {"content": {_SQLITE: {}}, "description": "A SQLite database."}},
+)
+def download_snapshot(name: str, snapshot: str, services: Served) -> FileResponse:
+    """Its file; a part of it where the header `Range` asks for one."""
+    path = services.collections.snapshot_path(name, snapshot)
+    try:
+        status = path.stat()
+    except FileNotFoundError as error:  # deleted meanwhile, or lost
+        raise SnapshotNotFound(
+            f"the file of snapshot {snapshot!r} of collection {name!r} has gone"
+        ) from error
+    return FileResponse(
+        path, media_type=_SQLITE, filename=f"{name}-{path.name}", stat_result=status
+    )
+
+
+@router.post("/{snapshot}/restore", summary="Put a collection back to a snapshot")
+def restore_snapshot(name: str, snapshot: str, services: Served) -> CollectionAnswer:
+    """All or nothing; what was stored since the snapshot is gone.
+
+    The collection may be damaged or deleted. Requests for it that come meanwhile may be answered
+    with 404.
+    """
+    return collection_answer(services.collections.restore(name, snapshot))
+
+
+@router.delete("/{snapshot}", summary="Delete a snapshot")
+def delete_snapshot(name: str, snapshot: str, services: Served) -> Deleted:
+    """For good; the collection stays as it is."""
+    services.collections.delete_snapshot(name, snapshot)
+    return Deleted(deleted=snapshot)
+
+
+def _answer(snapshot: Snapshot) -> SnapshotAnswer:
+    return SnapshotAnswer(**asdict(snapshot))
