@@ -23,7 +23,7 @@ from index.effort import candidates_kept, efforts, exact_is_cheaper, lists_probe
 from index.growth import GrowingVector, parts_of_graph
 from index.hits import Hits, best_hits, no_hits, put_hits
 from index.index_file import write_index
-from index.inverted import inverted_file
+from index.inverted import inverted_file, search_lists
 from index.kinds import IndexSettings, Kind, Metric, is_trained, lists_for
 from index.locks import Pace, ReadWriteLock
 
@@ -332,34 +332,8 @@ class Ann:
         lists_a_hold = max(1, self._lists * _ROWS_A_HOLD // max(1, int(self._index.ntotal)))
         for first in range(0, self._lists, lists_a_hold):
             lists = np.arange(first, min(first + lists_a_hold, self._lists), dtype=np.int64)
-            yield partial(
-                self._search_lists, lists=lists, centroids=centroids[lists], selector=selector, k=k
-            )
-
-    def _search_lists(
-        self,
-        queries: NDArray[np.float32],
-        lists: NDArray[np.int64],
-        centroids: NDArray[np.float32],
-        selector: Any,
-        k: int,
-    ) -> Hits:
-        parameters = faiss.SearchParametersIVF(nprobe=len(lists), sel=selector)
-        near = queries @ centroids.T
-        if self.metric == "l2":
-            near = np.stack([np.square(centroids - query).sum(axis=1) for query in queries])
-        order = np.tile(lists, (len(queries), 1))
-        found = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
-        arrays = (order, np.ascontiguousarray(near), *found)
-        self._index.search_preassigned_c(
-            len(queries),
-            faiss.swig_ptr(queries),
-            k,
-            *(faiss.swig_ptr(array) for array in arrays),
-            False,
-            parameters,
-        )
-        return found
+            near = (centroids[lists], self.metric, selector)
+            yield partial(search_lists, faiss, self._index, lists, *near, k=k)
 
     def _parameters(self, effort: int, k: int, share: float, selector: Any) -> Any:
         if self.kind == "hnsw":

@@ -33,8 +33,10 @@ class OwnedFolder:
     def __init__(self, root: Path) -> None:
         self.root = root
         with refusals_named(f"the folder of collections {root} could not be opened"):
+            missing = [folder for folder in (root, *root.parents) if not folder.exists()]
             root.mkdir(parents=True, exist_ok=True)
-            fsync(root.parent)
+            for folder in (root, *missing):
+                fsync(folder.parent)
             self._lock_file = os.open(root / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 self._take_lock()

@@ -2,7 +2,11 @@
 
 from typing import Any
 
-from index.kinds import IndexSettings, Kind, pq_bytes_for
+import numpy as np
+from numpy.typing import NDArray
+
+from index.hits import Hits
+from index.kinds import IndexSettings, Kind, Metric, pq_bytes_for
 
 _COARSE_GRAPH_FROM = 1_000  # lists from which finding the nearest ones is worth a graph
 
@@ -30,3 +34,35 @@ def inverted_file(
     if graph:
         index.quantizer_trains_alone = 2  # the lists' centres come from k-means, not from the graph
     return index
+
+
+def search_lists(
+    faiss: Any,
+    index: Any,
+    lists: NDArray[np.int64],
+    centroids: NDArray[np.float32],
+    metric: Metric,
+    selector: Any,
+    queries: NDArray[np.float32],
+    *,
+    k: int,
+) -> Hits:
+    """What faiss finds of `queries` [q, d] in lists [n], whose centres are `centroids` [n, d].
+
+    Of what `selector` lets through; all of it is looked at.
+    """
+    near = queries @ centroids.T
+    if metric == "l2":
+        near = np.stack([np.square(centroids - query).sum(axis=1) for query in queries])
+    order = np.tile(lists, (len(queries), 1))
+    found = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+    arrays = (order, np.ascontiguousarray(near), *found)
+    index.search_preassigned_c(
+        len(queries),
+        faiss.swig_ptr(queries),
+        k,
+        *(faiss.swig_ptr(array) for array in arrays),
+        False,
+        faiss.SearchParametersIVF(nprobe=len(lists), sel=selector),
+    )
+    return found

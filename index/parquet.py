@@ -150,10 +150,13 @@ def _records(pyarrow: Any, opened: Any, header: Header, source: str) -> Placed:
             batch = next(batches, None)
         if batch is None:
             return
-        texts = {
-            name: batch.column(name).to_pylist()
-            for name in ("id", "metadata", "content_hash", "thumbnail")
-        }
+        try:
+            texts = {
+                name: batch.column(name).to_pylist()
+                for name in ("id", "metadata", "content_hash", "thumbnail")
+            }
+        except UnicodeDecodeError as error:
+            raise ImportFailed(f"{source}, after row {row}: not UTF-8: {error.reason}") from error
         vectors = {
             space: _vectors(batch.column(_column(space)), dimension)
             for space, dimension in header.spaces.items()

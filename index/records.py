@@ -15,6 +15,9 @@ from index.kinds import Metric
 
 MAX_ID_CHARACTERS = 512
 MAX_DIMENSION = 65_536
+MAX_DEPTH = 64
+"""Of metadata: objects and lists within one another, the outermost counted."""
+_MAX_SQUARE = 1e37  # of a vector's length: four times as much is still a float32
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
 Outcome = Literal["created", "updated", "unchanged", "exists", "skipped"]
@@ -246,7 +249,7 @@ def _check_numbers(
         # What over- or underflows is looked at more closely below.
         with np.errstate(over="ignore", invalid="ignore"):
             square = float(copied.dot(copied))
-        if 0.0 < square < np.inf:
+        if 0.0 < square < (np.inf if metric == "cosine" else _MAX_SQUARE):
             return copied
     # What is too large for float32 becomes infinite here and is refused below.
     with np.errstate(over="ignore"):
@@ -255,6 +258,10 @@ def _check_numbers(
     faults = [(~np.isfinite(rows).all(axis=1), "expected finite numbers, got NaN or infinity")]
     if metric == "cosine":
         faults.append((~rows.any(axis=1), "expected a vector with a direction, got all zeros"))
+    else:  # what would make scores infinite
+        wide = rows.astype(np.float64)
+        too_long = np.einsum("nd,nd->n", wide, wide) >= _MAX_SQUARE
+        faults.append((too_long, f"expected a length below {_MAX_SQUARE**0.5:.1e}"))
     for bad, reason in faults:
         if bad.any():
             where = f", row {int(bad.argmax())}" if copied.ndim == 2 else ""
@@ -269,6 +276,8 @@ def _metadata_to_json(record_id: str, metadata: Mapping[str, Any]) -> str:
         raise InvalidRecord(f"{what}, got {type(metadata).__name__}")
     given = dict(metadata)
     try:
+        if not _is_plain(given) and _is_deeper(given, MAX_DEPTH):
+            raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
         text = _TO_JSON.encode(given)
         text.encode()  # refuses half a surrogate pair
         # The encoder turns the key 1 into "1" and a tuple into a list without a word.
@@ -285,6 +294,15 @@ def _is_plain(metadata: dict[Any, Any]) -> bool:
     return all(type(key) is str for key in metadata) and all(
         type(value) in _PLAIN for value in metadata.values()
     )
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    """Whether there are containers within containers beyond so many levels."""
+    if isinstance(value, Mapping):
+        return not levels or any(_is_deeper(each, levels - 1) for each in value.values())
+    if isinstance(value, list | tuple):
+        return not levels or any(_is_deeper(each, levels - 1) for each in value)
+    return False
 
 
 _PLAIN = frozenset({str, int, float, bool, type(None)})

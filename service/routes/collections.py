@@ -17,6 +17,7 @@ from index.errors import (
     InvalidFilter,
     RecordNotFound,
     StoreDamaged,
+    StoreFailed,
 )
 from index.kinds import IndexSettings
 from index.records import OnDuplicate, UpsertOutcome
@@ -57,7 +58,7 @@ def list_collections(services: Served) -> CollectionList:
     for name in services.collections.names():
         try:
             answers.append(_summary(services.collections.get(name)))
-        except (CollectionNotFound, StoreDamaged):
+        except (CollectionNotFound, StoreDamaged, StoreFailed):
             continue  # deleted since, or damaged
     return CollectionList(collections=answers)
 

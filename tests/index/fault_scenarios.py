@@ -199,7 +199,11 @@ def saving(root: Path, *fault: Any) -> None:
         def saved() -> dict[str, tuple[int, int]]:
             there = {}
             for space in store.spaces:
-                cached = read_cache(store.folder, space, described=described(store, space))
+                cached = read_cache(
+                    store.folder,
+                    space,
+                    described=described(store, space, store.settings.structure()),
+                )
                 assert cached is not None
                 there[space] = cached.generation, len(cached.numbers)
             return there
@@ -258,6 +262,21 @@ def restoring(root: Path, *fault: Any) -> None:
         assert batches_in(collections.restore("pictures", taken.name)) == {0}
         assert {path.name for path in root.iterdir()} == {"LOCK", "pictures", ".snapshots"}
     print(told)
+
+
+def opening_one(root: Path, *fault: Any) -> None:
+    """A collection that cannot be opened now does not keep others, and can be opened later."""
+    with CollectionSet(root) as collections:
+        create(collections).upsert(batch(0))
+        create(collections, "other").upsert(batch(1))
+    with faults(*fault):
+        again = CollectionSet(root)
+        print(refused(again.get, "pictures"))
+        assert batches_in(again.get("other")) == {1}
+        assert again.names() == ["other", "pictures"]
+    with again:
+        assert batches_in(again.get("pictures")) == {0}
+        assert again.damaged == {}
 
 
 def opening(root: Path, *fault: Any) -> None:

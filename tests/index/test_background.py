@@ -12,9 +12,11 @@ import pytest
 from index import builder, kinds, maintenance
 from index.collection import Collection, NewRecord
 from index.collection_set import CollectionSet
+from index.durable import read_manifest, write_manifest
 from index.errors import StoreFailed
 from index.kinds import ChosenKind, IndexSettings
 from index.maintenance import BuildPolicy
+from index.store import FILE_NAME
 from tests.index.helpers import MODEL, cosines
 
 DIMENSION = 16
@@ -280,3 +282,95 @@ def test_closing_does_not_wait_for_a_long_build(root: Path, rows: Any) -> None:
         assert collection.count() == ROWS
         assert collection.settings.kind == "hnsw"
         assert collection.search(rows[17], k=1)[0].id == "r17"
+
+
+def test_settings_that_came_before_the_end_hold_after_it(root: Path, rows: Any) -> None:
+    with opened(root) as collections:
+        collection = make(collections, rows[:2000], HNSW)
+        collection.upsert(records(rows[2000:2100], 2000))
+        collection.configure(IndexSettings(kind="hnsw", hnsw_m=24))
+    with opened(root) as collections:
+        collection = collections.get("c")
+        collection.wait_until_built(timeout_s=60)
+        assert links(collection) == 24
+        assert collection.check() == []
+
+
+def test_an_older_database_under_a_newer_cache_is_noticed(
+    root: Path, rows: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with opened(root) as collections:
+        make(collections, rows[:1500], HNSW)
+    older = (root / "c" / FILE_NAME).read_bytes()
+    with opened(root) as collections:
+        collection = collections.get("c")
+        collection.upsert(records(rows[1500:3000], 1500))
+        collection.wait_until_built(timeout_s=60)
+        assert collection.stats().spaces["cls"].saved_rows == 3000
+    (root / "c" / FILE_NAME).write_bytes(older)
+    with opened(root) as collections:
+        collection = collections.get("c")
+        assert "it is newer than the records" in caplog.text
+        collection.upsert(records(rows[3000:], 1500))
+        assert collection.check() == []
+        assert collection.search(rows[3100], k=1)[0].id == "r1600"
+
+
+def test_a_cache_of_a_kind_that_there_is_not(
+    root: Path, rows: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with opened(root) as collections:
+        make(collections, rows[:1500], HNSW)
+    for kind in ("tree", "flat"):
+        path = root / "c" / "index" / "cls.json"
+        manifest = read_manifest(path, version=1)
+        write_manifest(path, manifest | {"kind": kind})
+        with opened(root) as collections:
+            collection = collections.get("c")
+            assert collection.search(rows[7], k=1)[0].id == "r7"
+            collection.wait_until_built(timeout_s=60)
+            assert collection.stats().spaces["cls"].kind == "hnsw"
+    assert "kind must be one of" in caplog.text
+    assert "not an index of kind 'flat'" in caplog.text
+
+
+def test_what_was_tuned_is_not_tuned_again_at_each_start(
+    root: Path, rows: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with opened(root) as collections:
+        collection = make(collections, rows[:2000], HNSW)
+        recall = collection.stats().spaces["cls"].recall
+    caplog.set_level(logging.INFO, logger="index")
+    caplog.clear()
+    with opened(root) as collections:
+        collection = collections.get("c")
+        collection.wait_until_built(timeout_s=60)
+        assert collection.stats().spaces["cls"].recall == recall
+        assert "recall@10" not in caplog.text
+        collection.configure(IndexSettings(kind="hnsw", hnsw_m=16, target_recall=1))
+        collection.wait_until_built(timeout_s=60)
+        assert "recall@10" in caplog.text
+
+
+def test_an_exact_scan_in_place_of_a_search_does_not_pass_for_recall(root: Path, rows: Any) -> None:
+    """With a removed row, a search through all lists is a scan; a search of one list is not."""
+    settings = IndexSettings(kind="ivf_sq8", lists=40, target_recall=1)
+    policy = BuildPolicy(tune_share=0.1)
+    with CollectionSet(root, policy=policy) as collections:
+        collection = make(collections, rows[:4500], settings)
+        collection.delete(["r1"])
+        collection.upsert(records(rows[4500:], 4500))
+        collection.wait_until_built(timeout_s=60)
+        assert collection.stats().spaces["cls"].effort > 1
+        assert recall_at_10(collection, rows) > 0.97
+
+
+def test_a_collection_that_is_damaged_while_open_can_be_deleted(
+    root: Path, rows: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with CollectionSet(root) as collections:
+        collection = make(collections, rows[:2000], HNSW)
+        with collection._store.database.writing() as connection:
+            connection.execute("DROP TABLE collection")
+        collections.delete("c")
+        assert collections.names() == []

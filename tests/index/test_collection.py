@@ -186,6 +186,33 @@ def test_metadata_that_is_not_json(collection: Collection, metadata: Any) -> Non
         collection.upsert([NewRecord("x", vectors(1), metadata)])
 
 
+def test_metadata_must_not_be_deeper_than_can_be_read(collection: Collection) -> None:
+    def nested(levels: int) -> dict[str, Any]:
+        made: dict[str, Any] = {}
+        for level in range(levels - 1):
+            made = {"a": [made]} if level % 2 else {"a": made}
+        return made
+
+    collection.upsert([NewRecord("a", vectors(1), {"a": nested(30)})])
+    assert collection.search(vectors(1)["cls"], k=1)[0].metadata == {"a": nested(30)}
+    with pytest.raises(InvalidRecord, match="nested deeper than 64 levels"):
+        collection.upsert([NewRecord("a", vectors(1), {"a": nested(900)})])
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+def test_vectors_whose_scores_would_be_infinite(collections: CollectionSet, metric: Any) -> None:
+    collection = collections.create("x", spaces={"cls": 2}, model=MODEL, metric=metric)
+    collection.upsert([NewRecord("a", {"cls": [0, 3e18]}), NewRecord("b", {"cls": [0, -3e18]})])
+    found = collection.search(np.array([0, 3e18]), k=5)
+    assert [match.id for match in found] == ["a", "b"]
+    assert all(np.isfinite(match.score) for match in found)
+    for wrong in ([3e18, 3e18], [1e38, 0]):
+        with pytest.raises(InvalidVector, match=r"expected a length below 3\.2e\+18"):
+            collection.upsert([NewRecord("c", {"cls": wrong})])
+        with pytest.raises(InvalidVector, match="expected a length below"):
+            collection.search(wrong, k=1)
+
+
 def test_content_hash_must_be_text(collection: Collection) -> None:
     wrong: Any = 5
     with pytest.raises(InvalidRecord, match="content_hash"):

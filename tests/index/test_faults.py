@@ -84,9 +84,11 @@ def test_a_restore_that_fails(library: Path, root: Path) -> None:
     assert len(run(library, root, "restoring", STEPS, "/.new-")) == len(STEPS)
 
 
-@pytest.mark.parametrize("pattern", ["/LOCK", "/pictures/"])
-def test_a_folder_that_cannot_be_opened(library: Path, root: Path, pattern: str) -> None:
-    told = run(library, root, "opening", [("write", FULL), ("write", BROKEN)], pattern)
+@pytest.mark.parametrize(
+    ("scenario", "pattern"), [("opening", "/LOCK"), ("opening_one", "/pictures/")]
+)
+def test_what_cannot_be_opened(library: Path, root: Path, scenario: str, pattern: str) -> None:
+    told = run(library, root, scenario, [("write", FULL), ("write", BROKEN)], pattern)
     assert len(told) == 2
     assert all("collection" in line for line in told)
 
