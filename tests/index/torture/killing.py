@@ -35,6 +35,7 @@ class Torture:
         self.faults: list[str] = []
         self.kills: Counter[str] = Counter()
         self._root = root
+        self._has_opened = False
         self._records = records
         self._chance = random.Random(seed)
         self._ledger = Ledger()
@@ -103,6 +104,7 @@ class Torture:
         }
 
     def _run_and_kill(self) -> None:
+        self._has_opened = False
         reading, writing = os.pipe()
         chance = random.Random(self._chance.random())
         child = os.fork()
@@ -163,8 +165,6 @@ class Torture:
             self.faults.append(f"the writer: {rest[0]}")
         elif what == "opened":
             self._has_opened = True
-        elif what == "started":
-            self._has_opened = False
 
     def _is_saving(self) -> bool:
         index = self._root / NAME / "index"

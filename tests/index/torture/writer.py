@@ -102,7 +102,6 @@ def work(
     """
     pipe = Pipe(descriptor)
     logging.basicConfig(handlers=[_Telling(pipe)], force=True)
-    pipe.say("started")
     collections = CollectionSet(root, policy=POLICY)
     collection = collections.get_or_create(NAME, spaces=SPACES, model=MODEL)
     pipe.say("opened")
