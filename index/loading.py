@@ -14,6 +14,7 @@ from index.ann import Ann
 from index.cache import CachedIndex, CacheUnusable, read_cache, remove_caches
 from index.errors import InvalidSettings
 from index.kinds import check_kind
+from index.labels import Labels
 from index.metadata import MetadataTable
 from index.space import Space
 from index.store import Store
@@ -62,6 +63,7 @@ def load(store: Store, *, name: str) -> tuple[View, dict[str, Saved]]:
             _refuse(store, name, space, "it was saved at another time than the others")
             del cached[space]
     live = np.isin(numbers, live_rows, assume_unique=True)
+    labels = _labels(store, numbers)
     spaces: dict[str, Space] = {}
     saved: dict[str, Saved] = {}
     for space in store.spaces:
@@ -89,9 +91,22 @@ def load(store: Store, *, name: str) -> tuple[View, dict[str, Saved]]:
         count=len(numbers),
         dead=len(numbers) - len(live_rows),
         spaces=spaces,
+        labels=labels,
         table=MetadataTable(),
     )
     return view, saved
+
+
+def _labels(store: Store, numbers: Rows) -> Labels:
+    ids: list[str | None] = [None] * len(numbers)
+    texts: list[str | None] = [None] * len(numbers)
+    for block in store.all_labels():
+        at = np.searchsorted(numbers, [row for row, _, _ in block]).tolist()
+        for position, (_, record_id, text) in zip(at, block, strict=True):
+            ids[position], texts[position] = record_id, text
+    labels = Labels()
+    labels.extend(ids, texts)
+    return labels
 
 
 def vectors_at(store: Store, name: str, space: str, numbers: Rows) -> Iterator[NDArray[np.float32]]:

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 
 class ReadWriteLock:
@@ -17,6 +17,7 @@ class ReadWriteLock:
         self._readers_waiting = 0
         self._writing = False
         self._writers_waiting = 0
+        self._reading = _Reading(self)
 
     @property
     def readers_waiting(self) -> int:
@@ -24,9 +25,11 @@ class ReadWriteLock:
         with self._changed:
             return self._readers_waiting
 
-    @contextmanager
-    def reading(self) -> Iterator[None]:
+    def reading(self) -> AbstractContextManager[None]:
         """Hold the lock beside other readers."""
+        return self._reading
+
+    def _begin_reading(self) -> None:
         with self._changed:
             if self._writing or self._writers_waiting:
                 self._readers_waiting += 1
@@ -35,13 +38,12 @@ class ReadWriteLock:
                 finally:
                     self._readers_waiting -= 1
             self._readers += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._readers -= 1
-                if not self._readers:  # nobody waits for fewer readers, but for none
-                    self._changed.notify_all()
+
+    def _end_reading(self) -> None:
+        with self._changed:
+            self._readers -= 1
+            if not self._readers and self._writers_waiting:
+                self._changed.notify_all()
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -61,6 +63,19 @@ class ReadWriteLock:
             with self._changed:
                 self._writing = False
                 self._changed.notify_all()
+
+
+class _Reading(AbstractContextManager[None]):
+    """One for all readers: each search enters it, and what `contextmanager` makes costs 3 µs."""
+
+    def __init__(self, lock: ReadWriteLock) -> None:
+        self._lock = lock
+
+    def __enter__(self) -> None:
+        self._lock._begin_reading()
+
+    def __exit__(self, *raised: object) -> None:
+        self._lock._end_reading()
 
 
 class Pace:

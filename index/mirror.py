@@ -5,7 +5,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from index.commits import GroupCommit
 from index.errors import StoreDamaged
 from index.filters import Filter
 from index.records import Match
-from index.space import Found, Mask, Space
+from index.space import Found, Mask, Positions, Space
 from index.store import Store
 from index.view import Rows, View, prepared
 from index.writes import Changes
@@ -193,8 +193,8 @@ class Mirror:
         allowed: Mask | None,
         *,
         effort: int | None = None,
-    ) -> list[tuple[NDArray[np.float32], Rows]] | None:
-        """(scores, rows) for each query, best first; None where the store lacks a vector now.
+    ) -> list[tuple[NDArray[np.float32], Positions]] | None:
+        """(scores, positions) for each query, best first; None where the store lacks a vector now.
 
         `effort` stands in place of the one that the space's structure is set to.
         """
@@ -212,6 +212,8 @@ class Mirror:
             empty = np.empty(0, np.float32), np.empty(0, np.int64)
             return [empty for _ in queries]
         scores, positions = parts[0].scores, parts[0].positions
+        if parts[0].is_whole:
+            return list(zip(scores, positions, strict=True))
         if len(parts) > 1:
             scores = np.concatenate([part.scores for part in parts], axis=1)
             positions = np.concatenate([part.positions for part in parts], axis=1)
@@ -220,7 +222,7 @@ class Mirror:
             is_one = row_positions >= 0
             row_scores, row_positions = row_scores[is_one], row_positions[is_one]
             order = np.lexsort((row_positions, -row_scores))[:k]
-            found.append((row_scores[order], view.numbers[row_positions[order]]))
+            found.append((row_scores[order], row_positions[order]))
         return found
 
     def _load(self) -> None:
@@ -243,19 +245,39 @@ class Mirror:
         found = self.nearest(view, space, queries, k, allowed)
         if found is None:
             return None
-        labels = self.store.labels_of({row for _, rows in found for row in rows.tolist()})
-        if any(row not in labels for _, rows in found for row in rows.tolist()):
+        labels = self._labels_of(view, [p for _, positions in found for p in positions.tolist()])
+        if labels is None:
             return None
         if chosen is not None and not chosen.matches([m for _, m in labels.values()]).all():
             return None
         is_distance = view.spaces[space].metric == "l2"
         return [
             [
-                Match(labels[row][0], -((-score) ** 0.5) if is_distance else score, labels[row][1])
-                for score, row in zip(scores.tolist(), rows.tolist(), strict=True)
+                Match(labels[p][0], -((-score) ** 0.5) if is_distance else score, labels[p][1])
+                for score, p in zip(scores.tolist(), positions.tolist(), strict=True)
             ]
-            for scores, rows in found
+            for scores, positions in found
         ]
+
+    def _labels_of(
+        self, view: View, positions: Sequence[int]
+    ) -> dict[int, tuple[str, dict[str, Any]]] | None:
+        """position -> (id, metadata); None where the store lacks one now."""
+        labels, elsewhere = {}, list[int]()
+        label_of, metadata_of = view.labels.of, self.store.metadata_of
+        for position in positions:
+            label = label_of(position)
+            if label is None:
+                elsewhere.append(position)
+            else:
+                labels[position] = label[0], metadata_of(label[1])
+        if elsewhere:
+            rows = view.numbers[elsewhere].tolist()
+            stored = self.store.labels_of(rows)
+            if len(stored) < len(set(rows)):
+                return None
+            labels |= {position: stored[row] for position, row in zip(elsewhere, rows, strict=True)}
+        return labels
 
     def _rescored(
         self, view: View, space: str, queries: NDArray[np.float32], part: Found

@@ -73,8 +73,8 @@ def recall(mirror: Mirror, space: str, sample: Sample, *, effort: int) -> float 
         return None
     there = set(numbers[view.live[: view.count]].tolist())
     found = wanted = 0
-    for row, nearest, (_, rows) in zip(sample.rows.tolist(), sample.nearest, results, strict=True):
+    for row, nearest, (_, at) in zip(sample.rows.tolist(), sample.nearest, results, strict=True):
         still = nearest & there
-        found += len(still & (set(rows.tolist()) - {row}))
+        found += len(still & (set(numbers[at].tolist()) - {row}))
         wanted += len(still)
     return found / max(wanted, 1)

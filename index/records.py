@@ -5,7 +5,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -60,8 +60,7 @@ class Page:
     next_cursor: str | None
 
 
-@dataclass(frozen=True)
-class Match:
+class Match(NamedTuple):
     """A search hit; see `Collection.search` for what `score` is."""
 
     id: str
@@ -223,7 +222,7 @@ def normalise(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     """Scale each row of [n, dimension] to unit length. Rows must be finite and not all zero."""
     # In float64 no finite float32 row overflows or underflows when squared.
     wide = vectors.astype(np.float64)
-    wide /= np.sqrt(np.einsum("nd,nd->n", wide, wide))[:, np.newaxis]
+    wide /= np.sqrt(np.add.reduce(wide * wide, axis=1))[:, np.newaxis]
     return wide.astype(np.float32)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,17 +18,18 @@ Positions = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
 
-@dataclass(frozen=True, eq=False)
-class Found:
+class Found(NamedTuple):
     """Rows that may answer queries: `scores` float32 and `positions` int64 [queries, m].
 
     A greater score is nearer; position -1 stands where there were fewer. `is_exact` says whether
-    the scores are those of the vectors, not of codes for them.
+    the scores are those of the vectors, not of codes for them; `is_whole`, that each query has all
+    that it asked for here, best first.
     """
 
     scores: Floats
     positions: Positions
     is_exact: bool
+    is_whole: bool = False
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -113,13 +114,16 @@ class Space:
     ) -> Found:
         wanted = candidates(ann.kind, k)
         scores, positions = ann.search(queries, wanted, allowed=allowed, effort=effort)
-        # The structure may have been given rows since. Those that blocks have here are found there;
-        # later ones must not take the places of others.
-        if (positions >= self.rows).any():
-            allowed = np.ones(self.built, np.bool_)
-            scores, positions = ann.search(queries, wanted, allowed=allowed, effort=effort)
-        positions = np.where(positions < self.built, positions, -1)
-        return Found(scores, positions, is_exact=ann.holds_vectors)
+        if len(ann) > self.built:
+            # It has been given rows since. Those that blocks have here are found there; later ones
+            # must not take the places of others.
+            if positions.max(initial=-1) >= self.rows:
+                allowed = np.ones(self.built, np.bool_)
+                scores, positions = ann.search(queries, wanted, allowed=allowed, effort=effort)
+            positions = np.where(positions < self.built, positions, -1)
+        exact = ann.holds_vectors
+        is_whole = exact and self.built == self.rows and bool(positions[:, -1].min(initial=0) >= 0)
+        return Found(scores, positions, exact, is_whole)
 
     def _search_block(
         self, queries: Floats, k: int, first: int, vectors: Floats, allowed: Mask | None

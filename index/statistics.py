@@ -42,7 +42,7 @@ class Stats:
         removed: rows that are gone and not yet cleared out of the indexes.
         is_building: whether background work is going on, or waits.
         disk_bytes: records (with the log of the latest writes) and saved indexes together.
-        memory_bytes: indexes, and the metadata that filters have asked for.
+        memory_bytes: indexes, ids and metadata.
     """
 
     name: str
@@ -73,7 +73,9 @@ def gather_stats(mirror: Mirror, recall: Mapping[str, float], *, is_building: bo
             saved_rows=0 if saved is None else saved.rows,
             memory_bytes=space.memory_bytes,
         )
-    rows_bytes = view.numbers.nbytes + view.live.nbytes + view.table.memory_bytes
+    rows_bytes = (
+        view.numbers.nbytes + view.live.nbytes + view.table.memory_bytes + view.labels.memory_bytes
+    )
     return Stats(
         name=mirror.name,
         model=store.model,

@@ -146,12 +146,19 @@ class Store:
             listed, values = "SELECT value FROM json_each(?)", [json.dumps(wanted)]
         query = f"SELECT row, id, metadata FROM records WHERE row IN ({listed})"
         found = self.database.rows(query, values)
-        return {row: (record_id, self._metadata(text)) for row, record_id, text in found}
+        return {row: (record_id, self.metadata_of(text)) for row, record_id, text in found}
 
     def rows_of(self, ids: Iterable[str]) -> list[int]:
         """The rows of those ids that exist, in no particular order."""
         with self.database.reading() as connection:
             return rows_of(connection, ids)
+
+    def all_labels(self) -> Generator[list[tuple[int, str, str]], None, None]:
+        """(row, id, metadata as JSON) of every record, by row, in blocks."""
+        with self.database.reading() as connection:
+            cursor = connection.execute("SELECT row, id, metadata FROM records ORDER BY row")
+            while block := cursor.fetchmany(_ROWS_PER_BLOCK):
+                yield block
 
     def last_number(self) -> int:
         """The highest number given out so far, to a row or a key; see `index.schema`."""
@@ -292,7 +299,7 @@ class Store:
         return [
             Record(
                 id=record_id,
-                metadata=self._metadata(metadata),
+                metadata=self.metadata_of(metadata),
                 content_hash=content_hash,
                 vectors=self.stored_vectors(connection, row) if with_vectors else {},
                 created_at=created_at,
@@ -301,7 +308,8 @@ class Store:
             for _, record_id, row, metadata, content_hash, created_at, updated_at in rows
         ]
 
-    def _metadata(self, text: str) -> dict[str, Any]:
+    def metadata_of(self, text: str) -> dict[str, Any]:
+        """A record's metadata out of the JSON that is stored of it."""
         try:
             metadata, end = _JSON.raw_decode(text)  # half of what json.loads takes
             if end != len(text):

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index.kinds import Metric
+from index.labels import Labels
 from index.metadata import MetadataTable
 from index.records import normalise
 from index.space import Mask, Positions, Space
@@ -28,6 +29,7 @@ class View:
         live: whether the store still has it.
         dead: how many of the positions are not live.
         spaces: name -> the vectors of the positions.
+        labels: the ids and metadata of the positions.
         table: the metadata of the positions, as far as filters have asked for it.
     """
 
@@ -36,6 +38,7 @@ class View:
     count: int
     dead: int
     spaces: Mapping[str, Space]
+    labels: Labels
     table: MetadataTable
 
     @classmethod
@@ -47,6 +50,7 @@ class View:
             count=0,
             dead=0,
             spaces={name: Space(dimension=d, metric=metric) for name, d in spaces.items()},
+            labels=Labels(),
             table=MetadataTable(),
         )
 
@@ -64,10 +68,12 @@ class View:
         live = _grown(live, count)
         numbers[self.count : count] = changes.added
         live[self.count : count] = True
+        self.labels.extend(changes.ids, changes.metadata)
         self.table.append(changes.metadata)
         for row, metadata in changes.relabelled.items():
-            for position in self.positions_of(np.array([row])):
-                self.table.set(int(position), metadata)
+            for position in self.positions_of(np.array([row])).tolist():
+                self.labels.set(position, metadata)
+                self.table.set(position, metadata)
         spaces = self.spaces
         if len(changes.added):
             spaces = {
@@ -119,6 +125,7 @@ class View:
             count=len(numbers),
             dead=len(live) - int(np.count_nonzero(live)),
             spaces=spaces,
+            labels=self.labels.at(at),
             table=self.table.at(at),
         )
 

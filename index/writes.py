@@ -19,6 +19,7 @@ class Changes:
 
     Attributes:
         added: new rows, ascending and above every earlier one, int64 [n].
+        ids: of `added`.
         vectors: space -> the vectors of `added` [n, dimension].
         metadata: of `added`, as JSON.
         removed: rows that are gone; may hold some that `added` in the same write never had.
@@ -26,6 +27,7 @@ class Changes:
     """
 
     added: NDArray[np.int64]
+    ids: Sequence[str] = ()
     vectors: Mapping[str, NDArray[np.float32]]
     metadata: Sequence[str]
     removed: NDArray[np.int64]
@@ -191,6 +193,7 @@ class _Batch:
             }
             if fresh
             else {},
+            ids=[k.id for k in fresh],
             metadata=[k.metadata for k in fresh],
             removed=np.array(sorted(moved), dtype=np.int64),
             relabelled=relabelled,
