@@ -17,7 +17,7 @@ class SpaceStats:
         rows: vectors in memory, of removed records too until these are cleared out.
         pending: those of them that the structure lacks yet; they are searched exactly.
         effort: how hard a search tries (candidates of a graph, lists of an inverted file); 0: flat.
-        recall: recall@10 against an exact scan for a sample of the records, when last measured.
+        recall: recall@10 against an exact scan for queries made of records, when last measured.
         generation: how many times the index was saved; saved_rows: what the last one holds.
         memory_bytes: vectors and structure.
     """
