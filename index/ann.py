@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from index.effort import candidates_kept, efforts, exact_is_cheaper, lists_probed
 from index.growth import GrowingVector, parts_of_graph
-from index.hits import Hits, best_hits, no_hits, put_hits
+from index.hits import Hits, best_hits, is_filled, no_hits, put_hits
 from index.index_file import write_index
 from index.inverted import inverted_file, search_lists
 from index.kinds import IndexSettings, Kind, Metric, is_trained, lists_for
@@ -271,8 +271,8 @@ class Ann:
         scores, positions = self._in_holds(
             queries, k, partial(_find, self._index, k=width, parameters=parameters)
         )
-        short = np.flatnonzero(positions[:, width - 1] < 0)
-        if len(short):
+        if not is_filled(positions, width):
+            short = np.flatnonzero(positions[:, width - 1] < 0)
             among = np.arange(rows) if allowed is None else np.flatnonzero(allowed[:rows])
             scores[short], positions[short] = self.search_rows(queries[short], among, k)
         return scores, positions
@@ -297,7 +297,7 @@ class Ann:
         if len(queries) == 1 and self.metric != "l2":
             with _OneThread(), self._lock.reading():
                 found = search(queries)
-            if found[1].shape[1] == k and found[1][0, -1] >= 0:
+            if found[1].shape[1] == k and is_filled(found[1], k):
                 return found  # as it is: the commonest search should not take longer than it must
         scores, positions = no_hits(len(queries), k)
         pace, start = Pace(HOLD_S, first=1), 0

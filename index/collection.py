@@ -248,7 +248,9 @@ class Collection:
             chosen=None if filter is None else parse_filter(filter),
             exclude=check_ids(exclude),
         )
-        return [match for match in matches if min_score is None or match.score >= min_score]
+        if min_score is None:
+            return matches
+        return [match for match in matches if match.score >= min_score]
 
     def search_batch(
         self,

@@ -5,7 +5,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -245,39 +245,35 @@ class Mirror:
         found = self.nearest(view, space, queries, k, allowed)
         if found is None:
             return None
-        labels = self._labels_of(view, [p for _, positions in found for p in positions.tolist()])
-        if labels is None:
-            return None
-        if chosen is not None and not chosen.matches([m for _, m in labels.values()]).all():
-            return None
         is_distance = view.spaces[space].metric == "l2"
-        return [
-            [
-                Match(labels[p][0], -((-score) ** 0.5) if is_distance else score, labels[p][1])
-                for score, p in zip(scores.tolist(), positions.tolist(), strict=True)
-            ]
-            for scores, positions in found
-        ]
-
-    def _labels_of(
-        self, view: View, positions: Sequence[int]
-    ) -> dict[int, tuple[str, dict[str, Any]]] | None:
-        """position -> (id, metadata); None where the store lacks one now."""
-        labels, elsewhere = {}, list[int]()
-        label_of, metadata_of = view.labels.of, self.store.metadata_of
-        for position in positions:
-            label = label_of(position)
-            if label is None:
-                elsewhere.append(position)
-            else:
-                labels[position] = label[0], metadata_of(label[1])
-        if elsewhere:
-            rows = view.numbers[elsewhere].tolist()
-            stored = self.store.labels_of(rows)
-            if len(stored) < len(set(rows)):
+        matches: list[list[Match]] = []
+        for scores, positions in found:
+            if is_distance:  # squared so far
+                scores = -np.sqrt(-scores)
+            own = self._matches(view, scores, positions)
+            if own is None:
                 return None
-            labels |= {position: stored[row] for position, row in zip(elsewhere, rows, strict=True)}
-        return labels
+            matches.append(own)
+        metadata = [match.metadata for own in matches for match in own] if chosen else []
+        return matches if chosen is None or chosen.matches(metadata).all() else None
+
+    def _matches(
+        self, view: View, scores: NDArray[np.float32], positions: Positions
+    ) -> list[Match] | None:
+        """None where the store lacks a record now."""
+        matches = []
+        label_of, metadata_of = view.labels.of, self.store.metadata_of
+        for score, position in zip(scores.tolist(), positions.tolist(), strict=True):
+            label = label_of(position)
+            if label is not None:
+                matches.append(Match(label[0], score, metadata_of(label[1])))
+                continue
+            stored = self.store.labels_of([int(view.numbers[position])])
+            if not stored:
+                return None
+            ((record_id, metadata),) = stored.values()
+            matches.append(Match(record_id, score, metadata))
+        return matches
 
     def _rescored(
         self, view: View, space: str, queries: NDArray[np.float32], part: Found

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from index.ann import Ann, search_block
 from index.effort import candidates
+from index.hits import is_filled
 from index.kinds import Metric
 
 BLOCK_ROWS = 16_384
@@ -122,7 +123,7 @@ class Space:
                 scores, positions = ann.search(queries, wanted, allowed=allowed, effort=effort)
             positions = np.where(positions < self.built, positions, -1)
         exact = ann.holds_vectors
-        is_whole = exact and self.built == self.rows and bool(positions[:, -1].min(initial=0) >= 0)
+        is_whole = exact and self.built == self.rows and is_filled(positions, wanted)
         return Found(scores, positions, exact, is_whole)
 
     def _search_block(
