@@ -106,9 +106,10 @@ class Space:
 
     @property
     def memory_bytes(self) -> int:
-        """What the structure and the blocks take."""
-        blocks = sum(block.nbytes for _, block in self.blocks)
-        return blocks + (0 if self.ann is None else self.ann.memory_bytes)
+        """What the structure and the blocks take; of a block, what was written of it."""
+        rows = self.rows - self.blocks[0][0] if self.blocks else 0
+        structure = 0 if self.ann is None else self.ann.memory_bytes
+        return 4 * rows * self.dimension + structure
 
     def _search_ann(
         self, ann: Ann, queries: Floats, k: int, allowed: Mask | None, effort: int | None
