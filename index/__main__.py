@@ -119,7 +119,8 @@ def _list(collections: CollectionSet, options: Options) -> int:
 
 
 def _stats(collections: CollectionSet, options: Options) -> int:
-    found = asdict(collections.get(options.name).stats())
+    collection = collections.get(options.name)
+    found = asdict(collection.stats()) | {"settings": collection.settings.to_dict()}
     if options.json:
         _show(found, options)
     else:

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from index.builder import Builder
 from index.collection import Collection
+from index.database import damage
 from index.errors import (
     CollectionExists,
     CollectionNotFound,
@@ -231,3 +232,7 @@ class CollectionSet:
         except (StoreDamaged, StoreFailed) as error:
             _logger.error("%s", error)
             self.damaged[name] = error
+        except (TypeError, ValueError, OverflowError) as error:
+            # SQLite gives NULL, or anything, for what stood on a page that was overwritten.
+            _logger.exception("collection %r", name)
+            self.damaged[name] = damage(f"collection {name!r}", f"something is garbled: {error}")

@@ -190,11 +190,7 @@ class Database:
 
     def damage(self, reason: str) -> StoreDamaged:
         """The error to raise when the file is not as it was written; says what can be done."""
-        return StoreDamaged(
-            f"{self._described} cannot be read: {reason}. Other collections are not affected. "
-            f"Restore a snapshot of it, put back a copy of its folder from a backup, or delete the "
-            f"collection and fill it again."
-        )
+        return damage(self._described, reason)
 
     def _borrow(self) -> sqlite3.Connection:
         with self._pool_changed:
@@ -230,6 +226,15 @@ class Database:
             if code & 0xFF in _REFUSALS and not is_truncated:
                 raise StoreFailed(f"{self._described}: {error}") from error
             raise self.damage(str(error)) from error
+
+
+def damage(described: str, reason: str) -> StoreDamaged:
+    """The error to raise of a file that is not as it was written; says what can be done."""
+    return StoreDamaged(
+        f"{described} cannot be read: {reason}. Other collections are not affected. Restore a "
+        "snapshot of it, put back a copy of its folder from a backup, or delete the collection and "
+        "fill it again."
+    )
 
 
 def _connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:

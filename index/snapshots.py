@@ -235,7 +235,10 @@ class Snapshots:
 
     def _not_found(self, collection: str, name: str) -> SnapshotNotFound:
         names = self._names(collection)
-        there = f"it has {names}" if names else f"there are some of {self.collections()}"
+        others = self.collections()
+        there = f"it has {names}" if names else "it has none"
+        if not names and others:
+            there += f"; there are some of {others}"
         return SnapshotNotFound(f"collection {collection!r} has no snapshot {name!r}; {there}")
 
     def _damaged(self, collection: str, name: str, reason: str) -> SnapshotDamaged:

@@ -3,7 +3,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -250,3 +250,33 @@ def test_a_snapshots_path(collections: CollectionSet) -> None:
     fill(create(collections), 1)
     made = collections.snapshot("pictures")
     assert collections.snapshot_path("pictures", made.name).stat().st_size == made.bytes
+
+
+def test_whatever_page_is_lost_the_others_open(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each half of a page overwritten in turn: reported, or none of a search's business."""
+    with CollectionSet(root) as collections:
+        fill(create(collections, "bad"), 300)
+        fill(create(collections, "good"), 3)
+    path = root / "bad" / FILE_NAME
+    whole = path.read_bytes()
+    reported = 0
+    for start in range(0, len(whole), 4096):
+        path.write_bytes(whole[:start] + bytes(4096) + whole[start + 4096 :])
+        with CollectionSet(root) as collections:
+            assert collections.get("good").count() == 3
+            if "bad" in collections.damaged:
+                reported += 1
+                continue
+            collection = collections.get("bad")
+            for use in (
+                lambda own=collection: own.search(vectors(1)["cls"], k=300),
+                lambda own=collection: own.scroll(limit=300, with_vectors=True),
+                lambda own=collection: own.count({"must": {"key": "number", "exists": True}}),
+                lambda own=collection: own.upsert([record(f"r{i}", i) for i in range(300)]),
+                collection.check,
+            ):
+                with suppress(StoreDamaged):
+                    use()
+    assert reported > 5
