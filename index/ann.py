@@ -294,11 +294,14 @@ class Ann:
 
         An addition waits for the searches before it, and later ones wait behind it.
         """
-        if len(queries) == 1 and self.metric != "l2":
+        if len(queries) == 1:
             with _OneThread(), self._lock.reading():
                 found = search(queries)
-            if found[1].shape[1] == k and is_filled(found[1], k):
+            if self.metric != "l2" and found[1].shape[1] == k and is_filled(found[1], k):
                 return found  # as it is: the commonest search should not take longer than it must
+            scores, positions = no_hits(1, k)
+            put_hits(found, self.metric, scores, positions)
+            return scores, positions
         scores, positions = no_hits(len(queries), k)
         pace, start = Pace(HOLD_S, first=1), 0
         with _OneThread():

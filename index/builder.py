@@ -41,9 +41,12 @@ class Builder:
             return self._is_idle(maintenance)
 
     def wait_until_idle(self, maintenance: Maintenance, *, timeout_s: float | None) -> bool:
-        """Wait until nothing is left to do for this collection; False: it took longer."""
+        """Wait until nothing is left to do for a collection; False: it took longer, or failed."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._is_idle(maintenance), timeout_s)
+            self._changed.wait_for(
+                lambda: self._is_idle(maintenance) or self._has_failed(maintenance), timeout_s
+            )
+            return self._is_idle(maintenance)
 
     def forget(self, maintenance: Maintenance) -> None:
         """Stop the work for this collection; nothing is being done for it on return."""
@@ -100,7 +103,7 @@ class Builder:
 
     def _is_idle(self, maintenance: Maintenance) -> bool:
         is_queued = maintenance in self._waiting or self._has_failed(maintenance)
-        return self._running is not maintenance and not is_queued
+        return self._is_closed or (self._running is not maintenance and not is_queued)
 
     def _has_failed(self, maintenance: Maintenance) -> bool:
         return any(each is maintenance for _, each in self._failed)

@@ -127,6 +127,24 @@ def write_cache(
         return sum((where / name).stat().st_size for name in new)
 
 
+def note_effort(
+    folder: Path, space: str, *, generation: int, kind: str, effort: int, recall: float
+) -> None:
+    """Put another effort and recall beside a structure on disk, if it is of this generation.
+
+    Raises:
+        StoreFailed: the operating system refused; what was noted before stays.
+    """
+    path = _manifest_path(folder / _FOLDER, space)
+    try:
+        manifest = read_manifest(path, version=_FORMAT)
+    except (FileNotFoundError, ManifestDamaged):
+        return  # the next start finds out and builds it anew
+    if (manifest["generation"], manifest["kind"]) == (generation, kind):
+        with refusals_named(f"the effort of space {space!r} could not be written to disk"):
+            write_manifest(path, manifest | {"effort": effort, "recall": recall})
+
+
 def read_cache(folder: Path, space: str, *, described: Mapping[str, Any]) -> CachedIndex | None:
     """The structure on disk, after reading every byte of it once; None where there is none.
 
@@ -151,7 +169,7 @@ def read_cache(folder: Path, space: str, *, described: Mapping[str, Any]) -> Cac
         numbers=np.load(rows, allow_pickle=False),
         generation=manifest["generation"],
         effort=manifest["effort"],
-        recall=manifest["recall"],
+        recall=manifest.get("recall"),
         kind=manifest["kind"],
         described=manifest["described"],
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from index import writes
 from index.builder import Builder
@@ -199,14 +199,16 @@ class Collection:
         check_positive(limit=limit)
         after = 0 if cursor is None else _key_from_cursor(cursor)
         chosen = None if filter is None else parse_filter(filter)
-        found = self._mirror.between_writes(
-            lambda: self._store.records_after(
-                after,
-                limit + 1,
-                with_vectors=with_vectors,
-                among=None if chosen is None else self._mirror.matching_rows(chosen),
+
+        def read(among: NDArray[np.int64] | None = None) -> list[tuple[int, Record]]:
+            return self._store.records_after(
+                after, limit + 1, with_vectors=with_vectors, among=among
             )
-        )
+
+        if chosen is None:
+            found = read()
+        else:
+            found = self._mirror.between_writes(lambda: read(self._mirror.matching_rows(chosen)))
         shown = found[:limit]
         is_last = len(found) == len(shown)
         return Page([record for _, record in shown], None if is_last else f"{shown[-1][0]:x}")
@@ -290,11 +292,16 @@ class Collection:
 
     def rebuild(self) -> None:
         """Build the indexes anew from the records, while the present ones answer."""
+        self._mirror.current()
         self._maintenance.force_rebuild()
         self._builder.wake(self._maintenance)
 
     def wait_until_built(self, *, timeout_s: float | None = None) -> bool:
-        """Wait until the background has nothing left to do; False: it took longer."""
+        """Wait until the background has nothing left to do.
+
+        False: it took longer, or it failed (the log tells) and is tried again later.
+        """
+        self._mirror.current()  # raises once it is closed
         self._builder.wake(self._maintenance)
         return self._builder.wait_until_idle(self._maintenance, timeout_s=timeout_s)
 

@@ -76,12 +76,12 @@ class CollectionSet:
         collection = self._open.get(name)
         if collection is not None:
             return collection
-        with self._lock:
-            if isinstance(self.damaged.get(name), StoreFailed):  # it may be let do so by now
-                del self.damaged[name]
-                self._open_one(name)
-            if name in self._open:
-                return self._open[name]
+        if isinstance(self.damaged.get(name), StoreFailed):
+            with self._lock:  # the operating system may let it by now
+                if isinstance(self.damaged.pop(name, None), StoreFailed):
+                    self._open_one(name)
+                if name in self._open:
+                    return self._open[name]
         if name in self.damaged:
             error = self.damaged[name]
             raise type(error)(*error.args) from error

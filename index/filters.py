@@ -27,6 +27,8 @@ from index.errors import InvalidFilter
 
 MAX_DEPTH: Final = 16
 """Filters within filters, the outermost counted."""
+MAX_KEYS: Final = 32
+"""Different ones in all of a filter."""
 MAX_CONDITIONS: Final = 1_000
 """In all of a filter, nested filters counted."""
 MAX_VALUES: Final = 100_000
@@ -82,6 +84,10 @@ def parse_filter(given: object) -> Filter | None:
             was given.
     """
     parsed = _Parser().filter(given, "filter", depth=1)
+    if len(parsed.keys) > MAX_KEYS:
+        raise InvalidFilter(
+            f"filter: may ask for {MAX_KEYS} different keys, not more; got {len(parsed.keys)}"
+        )
     return parsed if parsed.must or parsed.should or parsed.must_not else None
 
 

@@ -43,9 +43,23 @@ class Labels:
 
     def at(self, positions: NDArray[np.int64]) -> "Labels":
         """Those whose positions 0, 1, ... are the given ones of this."""
-        taken, chosen = Labels(), positions.tolist()
-        taken.extend([self._ids[i] for i in chosen], [self._texts[i] for i in chosen])
+        taken = Labels()
+        taken.take(self, positions)
         return taken
+
+    def take(self, other: "Labels", positions: NDArray[np.int64]) -> None:
+        """Append the rows at these positions of another."""
+        chosen = positions.tolist()
+        self.extend([other._ids[i] for i in chosen], [other._texts[i] for i in chosen])
+
+    def copy(self, other: "Labels", its: int, own: int) -> None:
+        """Put another's row at its position `its` in the place of the one at `own`."""
+        for mine, theirs in ((self._ids, other._ids), (self._texts, other._texts)):
+            self._bytes += _size(theirs[its]) - _size(mine[own])
+            mine[own] = theirs[its]
+
+    def __len__(self) -> int:
+        return len(self._ids)
 
     @property
     def memory_bytes(self) -> int:

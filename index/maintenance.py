@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from index.ann import Ann
-from index.cache import read_cache, write_cache
+from index.cache import note_effort, read_cache, write_cache
 from index.errors import StoreFailed
 from index.kinds import Kind, choose_kind, is_trained, training_rows
 from index.loading import Saved, described, vectors_at
@@ -169,6 +169,7 @@ class Maintenance:
             "collection %r: building its %s index of %d rows anew", mirror.name, kind, len(numbers)
         )
         started = time.monotonic()
+        self._tuned_rows = dict.fromkeys(mirror.store.spaces, 0)  # what is known is of the old ones
         spaces: dict[str, Space] = {}
         for name, dimension in mirror.store.spaces.items():
             space = Space(dimension=dimension, metric=mirror.store.metric)
@@ -256,10 +257,27 @@ class Maintenance:
         ann.effort = effort
         self.recall[name] = measured
         self._tuned_rows[name] = max(view.count, 1)
+        self._note_effort(name, ann)
         _logger.info(
             "collection %r, space %r: recall@10 %.4f at effort %d",
             *(mirror.name, name, measured, effort),
         )
+
+    def _note_effort(self, name: str, ann: Ann) -> None:
+        """Let the index on disk know, so that the next start need not tune again."""
+        mirror, saved = self._mirror, self._mirror.saved.get(name)
+        if saved is not None and saved.generation:
+            try:
+                note_effort(
+                    mirror.store.folder,
+                    name,
+                    generation=saved.generation,
+                    kind=ann.kind,
+                    effort=ann.effort,
+                    recall=self.recall[name],
+                )
+            except StoreFailed as error:
+                _logger.warning("%s; it is measured again at the next start", error)
 
     def _train(self, name: str, kind: Kind, numbers: Rows) -> Ann:
         mirror = self._mirror
@@ -316,7 +334,7 @@ class Maintenance:
             numbers=numbers,
             kind=ann.kind,
             effort=ann.effort,
-            recall=self.recall.get(name) if name in self._tuned_rows else None,
+            recall=self.recall.get(name) if self._tuned_rows.get(name) else None,
             described=described(store, name, ann.structure),
             generation=saved[name].generation,
         )

@@ -33,11 +33,14 @@ class MetadataTable:
                 self._columns.move_to_end(key)
         return found
 
-    def add(self, columns: Mapping[str, Column]) -> None:
-        """Keep columns that have all positions, and let others go that are too many."""
+    def add(self, columns: Mapping[str, Column], *, beside: Collection[str] = ()) -> None:
+        """Keep columns that have all positions, and let others go that are too many.
+
+        Those of the keys `beside` stay.
+        """
         with self._lock:
             self._columns.update(columns)
-            spare = [key for key in self._columns if key not in columns]
+            spare = [key for key in self._columns if key not in columns and key not in beside]
             for key in spare[: max(0, len(self._columns) - _MOST_COLUMNS)]:
                 del self._columns[key]
 

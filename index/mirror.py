@@ -3,8 +3,8 @@
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from typing import TypeVar
 
 import numpy as np
@@ -113,15 +113,34 @@ class Mirror:
         have it in blocks. False, and nothing is changed, where the store was read anew since
         `loads` was taken.
         """
-        while len((view := self.view).rows_above(after)) > _TAKEN_AT_ONCE and loads == self.loads:
-            numbers, spaces = view.taken_over(numbers, spaces, after=after)
-            after = view.last
-        with self._changing:  # what has come since is little, and whoever writes waits for it
+        with self._noting_changes() as relabelled:
+            view = self.view
+            while len(view.rows_above(after)) > _TAKEN_AT_ONCE and loads == self.loads:
+                numbers, spaces = view.taken_over(numbers, spaces, after=after)
+                after, view = view.last, self.view
             if loads != self.loads:
                 return False
-            numbers, spaces = self.view.taken_over(numbers, spaces, after=after)
-            self.view = self.view.rearranged(numbers, spaces)
+            labels = view.labels_of(numbers)
+            with self._changing:  # what has come since is little, and whoever writes waits for it
+                if loads != self.loads:
+                    return False
+                numbers, spaces = self.view.taken_over(numbers, spaces, after=after)
+                self.view = self.view.rearranged(
+                    numbers, spaces, labels=labels, relabelled=relabelled
+                )
         return True
+
+    @contextmanager
+    def _noting_changes(self) -> Iterator[set[int]]:
+        """The rows that are added or relabelled inside the block, as commits are followed."""
+        noted = set[int]()
+        with self._changing:
+            self._changed_rows.append(noted)
+        try:
+            yield noted
+        finally:
+            with self._changing:
+                self._changed_rows = [each for each in self._changed_rows if each is not noted]
 
     def forget(self) -> None:
         """Let the memory go, after the store was closed."""
@@ -147,7 +166,9 @@ class Mirror:
             columns = view.table.columns(chosen.keys)
             if len(columns) == len(chosen.keys):
                 return view, chosen.mask(columns, view.count)
-            self._add_columns(chosen.keys)
+            view, columns = self._read_columns(chosen.keys)
+            if len(columns) == len(chosen.keys):
+                return view, chosen.mask(columns, view.count)
 
     def matching_rows(self, chosen: Filter | None) -> Rows:
         """The rows that pass the filter, sorted."""
@@ -167,7 +188,7 @@ class Mirror:
     ) -> list[list[Match]]:
         """The k nearest records to each query [n, dimension] that pass `chosen`, best first.
 
-        Equal scores stand in the order of the vectors' writing.
+        Equal scores of a flat index stand in the order of the vectors' writing.
         """
         matches: list[list[Match]] = []
         for start in range(0, len(queries), _QUERIES_AT_ONCE):
@@ -251,7 +272,8 @@ class Mirror:
             if is_distance:  # squared so far
                 scores = -np.sqrt(-scores)
             own = self._matches(view, scores, positions)
-            if own is None:
+            # An excluded record may have other vectors by now, in a row that the view lacks.
+            if own is None or (exclude and any(match.id in exclude for match in own)):
                 return None
             matches.append(own)
         metadata = [match.metadata for own in matches for match in own] if chosen else []
@@ -261,18 +283,22 @@ class Mirror:
         self, view: View, scores: NDArray[np.float32], positions: Positions
     ) -> list[Match] | None:
         """None where the store lacks a record now."""
-        matches = []
+        matches, elsewhere = list[Match](), list[int]()
         label_of, metadata_of = view.labels.of, self.store.metadata_of
         for score, position in zip(scores.tolist(), positions.tolist(), strict=True):
             label = label_of(position)
-            if label is not None:
+            if label is None:
+                elsewhere.append(len(matches))
+                matches.append(Match("", score, {}))
+            else:
                 matches.append(Match(label[0], score, metadata_of(label[1])))
-                continue
-            stored = self.store.labels_of([int(view.numbers[position])])
-            if not stored:
+        if elsewhere:
+            rows = view.numbers[positions[elsewhere]].tolist()
+            stored = self.store.labels_of(rows)
+            if len(stored) < len(rows):
                 return None
-            ((record_id, metadata),) = stored.values()
-            matches.append(Match(record_id, score, metadata))
+            for i, row in zip(elsewhere, rows, strict=True):
+                matches[i] = Match(stored[row][0], matches[i].score, stored[row][1])
         return matches
 
     def _rescored(
@@ -291,26 +317,27 @@ class Mirror:
             scores[i, is_one] = _scores(queries[i], own, metric)
         return Found(scores, part.positions, is_exact=True)
 
-    def _add_columns(self, keys: frozenset[str]) -> None:
+    def _read_columns(self, keys: frozenset[str]) -> tuple[View, Mapping[str, Column]]:
+        """Read what is missing; a view, and its columns."""
         # One thread reads and others find it done; who keeps that one from its end may not wait.
         one_at_a_time = nullcontext() if self.commits.is_paused_here else self._reading_columns
         with one_at_a_time:
             for key in keys - self.current().table.columns(keys).keys():
-                while not self._add_column(key):
+                while not self._add_column(key, beside=keys):
                     pass
+            view = self.current()
+            return view, view.table.columns(keys)
 
-    def _add_column(self, key: str) -> bool:
+    def _add_column(self, key: str, *, beside: frozenset[str]) -> bool:
         """Read one key of all metadata while writes go on; False: it is to be done again.
 
         What changes meanwhile is put in at the end, when nothing is written for a moment.
         """
-        changed_rows = set[int]()
-        with self.commits.paused():
+        with self._noting_changes() as changed:
             self.current()
             loads = self.loads
-            self._changed_rows.append(changed_rows)
-        try:
-            rows, column = self._read_column(key, self.store.values_at(sqlite_path(key)))
+            with closing(self.store.values_at(sqlite_path(key))) as blocks:
+                rows, column = self._read_column(key, blocks)
             with self.commits.paused():
                 view = self.current()
                 if loads != self.loads:
@@ -320,14 +347,11 @@ class Mirror:
                 at = np.searchsorted(rows, numbers)
                 at[np.append(rows, -1)[at] != numbers] = len(rows)
                 column = column.at(at)
-                changed = sorted(changed_rows)
-                for block in self.store.values_at(sqlite_path(key), among=changed):
+                for block in self.store.values_at(sqlite_path(key), among=sorted(changed)):
                     for row, text in block:
                         value = MISSING if text is None else json.loads(text)
                         column.set(int(np.searchsorted(numbers, row)), value)
-                view.table.add({key: column})
-        finally:
-            self._changed_rows = [each for each in self._changed_rows if each is not changed_rows]
+                view.table.add({key: column}, beside=beside)
         return True
 
     def _read_column(

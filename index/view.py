@@ -1,6 +1,6 @@
 """What a search looks at: every row in memory, as it was after one commit."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self, TypeVar
 
@@ -109,14 +109,32 @@ class View:
             spaces = {**spaces, name: space}
         return np.concatenate([numbers, more]), spaces
 
-    def rearranged(self, numbers: Rows, spaces: Mapping[str, Space]) -> Self:
+    def labels_of(self, numbers: Rows) -> Labels:
+        """The labels of rows of this view, ascending."""
+        return self.labels.at(np.searchsorted(self.numbers[: self.count], numbers))
+
+    def rearranged(
+        self,
+        numbers: Rows,
+        spaces: Mapping[str, Space],
+        *,
+        labels: Labels,
+        relabelled: Collection[int],
+    ) -> Self:
         """The same rows with those at the positions of `numbers` alone, which are all live ones.
 
         Args:
             numbers: rows of this view, ascending.
             spaces: their vectors.
+            labels: of the first of `numbers`, as they were some time ago.
+            relabelled: rows whose labels have changed since.
         """
         at = np.searchsorted(self.numbers[: self.count], numbers)
+        for row in relabelled:
+            new = int(np.searchsorted(numbers[: len(labels)], row))
+            if new < len(labels) and numbers[new] == row:
+                labels.copy(self.labels, int(at[new]), new)
+        labels.take(self.labels, at[len(labels) :])
         live = self.live[at]
         return replace(
             self,
@@ -125,7 +143,7 @@ class View:
             count=len(numbers),
             dead=len(live) - int(np.count_nonzero(live)),
             spaces=spaces,
-            labels=self.labels.at(at),
+            labels=labels,
             table=self.table.at(at),
         )
 

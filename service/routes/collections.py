@@ -126,7 +126,7 @@ async def add_images(
     name: str, request: Request, services: Served, query: Annotated[ImageOptions, Query()]
 ) -> StoredImages:
     """Durable when the answer comes. A bad picture fails alone, unless it is the only one."""
-    collection = services.collection(name)
+    collection = await anyio.to_thread.run_sync(services.collection, name)
     incoming, on_duplicate = await _read_images(request, services, query)
     results = await asyncio.gather(*(_prepare(collection, services, image) for image in incoming))
     if len(results) == 1 and isinstance(results[0], RequestError):

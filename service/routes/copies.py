@@ -20,7 +20,7 @@ async def copies(
     name: str, request: Request, services: Served, query: Annotated[CopyOptions, Query()]
 ) -> CopyAnswer:
     """Raw scores, no verdict: a threshold means nothing before the collection is calibrated."""
-    collection = services.collection(name)
+    collection = await anyio.to_thread.run_sync(services.collection, name)
     options: CopyTerms = query
     if uploads.is_json(request):
         body = await uploads.read_json(request, CopyRequest)

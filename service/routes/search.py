@@ -37,7 +37,7 @@ async def search(
     name: str, request: Request, services: Served, query: Annotated[SearchOptions, Query()]
 ) -> SearchAnswer:
     """By a picture, by the id of one in the collection (itself left out), or by a vector."""
-    collection = services.collection(name)
+    collection = await anyio.to_thread.run_sync(services.collection, name)
     options: SearchTerms = query
     exclude: list[str] = []
     if uploads.is_json(request):
@@ -64,7 +64,7 @@ async def classify(
     name: str, request: Request, services: Served, query: Annotated[ClassifyOptions, Query()]
 ) -> ClassifyAnswer:
     """Each of the k nearest votes for its label with weight exp(score / temperature)."""
-    collection = services.collection(name)
+    collection = await anyio.to_thread.run_sync(services.collection, name)
     options: ClassifyTerms = query
     if uploads.is_json(request):
         body = await uploads.read_json(request, ClassifyRequest)

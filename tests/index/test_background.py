@@ -13,7 +13,7 @@ from index import builder, kinds, maintenance
 from index.collection import Collection, NewRecord
 from index.collection_set import CollectionSet
 from index.durable import read_manifest, write_manifest
-from index.errors import StoreFailed
+from index.errors import CollectionNotFound, StoreFailed
 from index.kinds import ChosenKind, IndexSettings
 from index.maintenance import BuildPolicy
 from index.store import FILE_NAME
@@ -260,7 +260,8 @@ def test_background_work_that_fails_is_told_and_done_again(
 
     monkeypatch.setattr(maintenance.Ann, "add", fail_once)
     with opened(root) as collections:
-        collection = make(collections, rows[:2000], HNSW)
+        collection = collections.create("c", spaces={"cls": DIMENSION}, model=MODEL, settings=HNSW)
+        collection.upsert(records(rows[:2000]))
         for _ in range(600):
             if collection.stats().spaces["cls"].kind == "hnsw":
                 break
@@ -374,3 +375,40 @@ def test_a_collection_that_is_damaged_while_open_can_be_deleted(
             connection.execute("DROP TABLE collection")
         collections.delete("c")
         assert collections.names() == []
+
+
+def test_the_effort_on_disk_is_that_of_the_structure_there(root: Path, rows: Any) -> None:
+    settings = IndexSettings(kind="mapped", lists=60, target_recall=0.999)
+    with opened(root) as collections:
+        collection = make(collections, rows, HNSW)
+        collection.configure(settings)
+        assert collection.wait_until_built(timeout_s=60)
+        tuned = collection.stats().spaces["cls"]
+        assert tuned.kind == "mapped"
+    with opened(root) as collections:
+        collection = collections.get("c")
+        assert collection.wait_until_built(timeout_s=60)
+        again = collection.stats().spaces["cls"]
+        assert (again.kind, again.effort, again.recall) == ("mapped", tuned.effort, tuned.recall)
+
+
+def test_an_index_from_before_recall_was_noted_is_taken_up(root: Path, rows: Any) -> None:
+    with opened(root) as collections:
+        make(collections, rows[:1500], HNSW)
+    path = root / "c" / "index" / "cls.json"
+    manifest = read_manifest(path, version=1)
+    del manifest["recall"]
+    write_manifest(path, manifest)
+    with opened(root) as collections:
+        collection = collections.get("c")
+        assert collection.stats().spaces["cls"].kind == "hnsw"
+        assert collection.wait_until_built(timeout_s=60)
+        assert collection.stats().spaces["cls"].recall is not None
+
+
+def test_nobody_waits_for_a_closed_collection(root: Path, rows: Any) -> None:
+    with opened(root) as collections:
+        collection = make(collections, rows[:100], HNSW)
+    for use in (collection.wait_until_built, collection.rebuild):
+        with pytest.raises(CollectionNotFound, match="closed or deleted"):
+            use()

@@ -160,3 +160,10 @@ def understood(given: object) -> Filter:
     found = parse_filter(given)
     assert found is not None
     return found
+
+
+def test_a_filter_may_not_ask_for_too_many_keys() -> None:
+    conditions = [{"key": f"k{number}", "exists": True} for number in range(33)]
+    assert parse_filter({"must": conditions[:32]}) is not None
+    with pytest.raises(InvalidFilter, match="may ask for 32 different keys, not more; got 33"):
+        parse_filter({"must": conditions[:20], "should": conditions[20:]})

@@ -212,3 +212,34 @@ def test_a_filtered_listing_is_whole_while_vectors_are_rewritten(collection: Col
     stop.set()
     writer.join()
     assert faults == []
+
+
+def test_what_is_excluded_stays_out_though_it_is_being_rewritten(
+    collection: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(collection, 20)
+    rows_of, first = Store.rows_of, iter([True])
+
+    def rewriting(self: Store, ids: Any) -> list[int]:
+        if next(first, False):  # between the view that was taken and the look into the store
+            collection.upsert([record("r0", 500)])
+        return rows_of(self, ids)
+
+    monkeypatch.setattr(Store, "rows_of", rewriting)
+    found = collection.search(vectors(0)["cls"], k=5, exclude=["r0"])
+    assert len(found) == 5
+    assert "r0" not in {match.id for match in found}
+
+
+def test_long_metadata_are_asked_of_the_store(collection: Collection) -> None:
+    long = "x" * 5000
+    collection.upsert([record(f"r{i}", i, text=long if i % 2 else "short") for i in range(20)])
+    found = collection.search(vectors(3)["cls"], k=20)
+    assert found[0].id == "r3"
+    assert {match.id: match.metadata["text"] for match in found} == {
+        f"r{i}": long if i % 2 else "short" for i in range(20)
+    }
+    collection.upsert([record("r3", 3, text="now short"), record("r4", 4, text=long)])
+    found = collection.search(vectors(3)["cls"], k=20)
+    assert found[0].metadata == {"text": "now short"}
+    assert {match.id: match.metadata for match in found}["r4"] == {"text": long}
