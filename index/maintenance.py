@@ -56,7 +56,7 @@ class Maintenance:
         self.recall: dict[str, float] = {}
         self._mirror = mirror
         self._policy = policy
-        self._is_forced = False
+        self._rebuilds_asked = self._rebuilds_done = 0
         self._is_asked = False
         self._is_closing = False
         self._tuned_rows: dict[str, int] = {}
@@ -72,7 +72,7 @@ class Maintenance:
 
     def force_rebuild(self) -> None:
         """Build every index anew from the store."""
-        self._is_forced = True
+        self._rebuilds_asked += 1
 
     def force_tuning(self) -> None:
         """Measure recall, and set the effort of a search by it, whether rows were added or not."""
@@ -100,7 +100,7 @@ class Maintenance:
             next(self._work)
         except StopIteration:
             self._work = None
-            return self._is_forced or self._is_asked
+            return self._is_asked
         except BaseException:
             self._work = None
             raise
@@ -110,10 +110,7 @@ class Maintenance:
         """Save what is worth it before the collection closes."""
         for name in self._mirror.store.spaces:
             if self._unsaved_rows(name) >= self._policy.save_rows // 10:
-                try:
-                    self._save(name)
-                except Exception:  # whatever it was, the index is a cache and the store must close
-                    _logger.exception("collection %r: its index was not saved", self._mirror.name)
+                self._save(name)
 
     def _all_work(self) -> Iterator[None]:
         mirror = self._mirror
@@ -138,7 +135,7 @@ class Maintenance:
             limit = max(self._policy.compact_rows, self._policy.compact_share * view.count)
             return rows >= limit
 
-        if self._is_forced or is_much(view.dead):
+        if self._rebuilds_done < self._rebuilds_asked or is_much(view.dead):
             return True
         for space in view.spaces.values():
             if space.ann is None:
@@ -154,14 +151,7 @@ class Maintenance:
 
     def _rebuild(self, kind: Kind) -> Iterator[None]:
         """New structures beside the old ones, which answer until the new ones are whole."""
-        self._is_forced = False
-        try:
-            yield from self._build_anew(kind)
-        except Exception:
-            self._is_forced = True  # it is tried again, also where nothing but a call asked for it
-            raise
-
-    def _build_anew(self, kind: Kind) -> Iterator[None]:
+        asked = self._rebuilds_asked
         mirror, loads = self._mirror, self._mirror.loads
         view = mirror.view
         numbers = view.numbers[: view.count][view.live[: view.count]]
@@ -191,8 +181,7 @@ class Maintenance:
         if not mirror.replace_all(numbers, spaces, after=view.last, loads=loads):
             self._is_asked = True  # again, from what was read meanwhile
             return
-        self._is_forced = False
-        self._tuned_rows = dict.fromkeys(spaces, 0)
+        self._rebuilds_done = asked
         if kind != "mapped":
             for name, saved in mirror.saved.items():  # what is on disk is of use until the next
                 mirror.saved[name] = replace(saved, rows=0)

@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,10 @@ def main() -> None:
 
         def write(first: int) -> None:
             for number in range(first, first + 12):
-                tell(lambda n=number: collection.upsert(batch(n)), "upsert", number)  # type: ignore[misc]
+                tell(partial(collection.upsert, batch(number)), "upsert", number)
                 if number % 3 == 2:
                     gone = [each.id for each in batch(number - 1)]
-                    tell(lambda ids=gone: collection.delete(ids), "delete", number - 1)  # type: ignore[misc]
+                    tell(partial(collection.delete, gone), "delete", number - 1)
 
         threads = [threading.Thread(target=write, args=(100 * each,)) for each in range(3)]
         for thread in threads:
