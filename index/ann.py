@@ -29,8 +29,9 @@ from index.locks import Pace, ReadWriteLock
 
 faiss: Any = _faiss  # its type stubs lack half of what is used here
 
-HOLD_S = 0.02  # how long, in seconds, additions aim to keep searches waiting
-MAX_HOLD_S = 0.05  # the stated bound on it, on a machine whose cores are not all taken by others
+# How long, in seconds, additions aim to keep searches waiting; the stated bound is .05, on a
+# machine whose cores are not all taken by others.
+HOLD_S = 0.02
 
 _ROWS_A_HOLD = 65_536
 # hnsw: faiss adds on one core where no more than 100 vectors of a call are of one level.

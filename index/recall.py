@@ -19,13 +19,19 @@ from index.view import View, prepared
 K = 10
 QUERIES = 200
 _TRIES = 3
+_ROUNDING = 1e-5  # between the scores of a scan and those of a search
 
 
 class Sample(NamedTuple):
-    """Queries, the true K nearest rows of each, and the highest row that was looked at."""
+    """Queries [q, dimension], and of each the true K nearest rows and the score of the last.
+
+    Equal vectors are as good as one another, so it is the scores that are compared. `last` is the
+    highest row that was looked at.
+    """
 
     queries: NDArray[np.float32]
     nearest: list[set[int]]
+    least: NDArray[np.float32]
     last: int
 
 
@@ -53,7 +59,7 @@ def take_sample(mirror: Mirror, view: View, space: str) -> Generator[None, None,
         scores = np.take_along_axis(scores, best, axis=1)
         found = np.take_along_axis(found, best, axis=1)
         done += len(vectors)
-    return Sample(queries, [set(each.tolist()) for each in found], view.last)
+    return Sample(queries, [set(each.tolist()) for each in found], scores[:, -1], view.last)
 
 
 def recall(mirror: Mirror, space: str, sample: Sample, *, effort: int) -> float | None:
@@ -72,10 +78,10 @@ def recall(mirror: Mirror, space: str, sample: Sample, *, effort: int) -> float 
         return None
     there = set(numbers[view.live[: view.count]].tolist())
     found = wanted = 0
-    for nearest, (_, at) in zip(sample.nearest, results, strict=True):
-        still = nearest & there
-        found += len(still & set(numbers[at].tolist()))
-        wanted += len(still)
+    for nearest, least, (scores, _) in zip(sample.nearest, sample.least, results, strict=True):
+        still = len(nearest & there)
+        found += min(still, int(np.count_nonzero(scores >= least - _ROUNDING * max(1, abs(least)))))
+        wanted += still
     return found / max(wanted, 1)
 
 

@@ -21,7 +21,6 @@ from index.schema import vectors_table
 
 FILE_NAME = "collection.sqlite"
 _ROWS_PER_BLOCK = 4096
-_LISTED = 64
 _JSON = json.JSONDecoder()
 _RECORD_COLUMNS = "key, id, row, metadata, content_hash, created_at, updated_at"
 
@@ -137,15 +136,10 @@ class Store:
 
     def labels_of(self, rows: Iterable[int]) -> dict[int, tuple[str, dict[str, Any]]]:
         """row -> (id, metadata) for those rows that exist."""
-        wanted = list(rows)
-        values: list[Any]
-        # A short list in the statement itself is quicker, and each search asks for one.
-        if len(wanted) <= _LISTED:
-            listed, values = ", ".join("?" * len(wanted)), wanted
-        else:
-            listed, values = "SELECT value FROM json_each(?)", [json.dumps(wanted)]
-        query = f"SELECT row, id, metadata FROM records WHERE row IN ({listed})"
-        found = self.database.rows(query, values)
+        found = self.database.rows(
+            "SELECT row, id, metadata FROM records WHERE row IN (SELECT value FROM json_each(?))",
+            [json.dumps(list(rows))],
+        )
         return {row: (record_id, self.metadata_of(text)) for row, record_id, text in found}
 
     def rows_of(self, ids: Iterable[str]) -> list[int]:

@@ -219,3 +219,12 @@ def test_nobody_waits_for_a_closed_collection(root: Path, rows: Any) -> None:
     for use in (collection.wait_until_built, collection.rebuild):
         with pytest.raises(CollectionNotFound, match="closed or deleted"):
             use()
+
+
+def test_copies_of_a_vector_are_as_good_as_one_another(root: Path, rows: Any) -> None:
+    copies = np.repeat(rows[:200], 15, axis=0)
+    with opened(root) as collections:
+        collection = make(collections, copies, HNSW)
+        space = collection.stats().spaces["cls"]
+        assert space.recall is not None
+        assert space.recall >= 0.99
