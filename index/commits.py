@@ -79,8 +79,9 @@ class GroupCommit:
         """Whether the calling thread is inside `paused`: it must not wait for one that wants to."""
         return self._leader == threading.get_ident()
 
-    def _next_group(self) -> list["_Write"]:
-        group = [self._queue.popleft()]
+    def _take_next(self, group: list["_Write"]) -> None:
+        """Move writes that may share a commit to `group`, where an interrupt finds them."""
+        group.append(self._queue.popleft())
         while (
             self._queue
             and len(group) < _MOST_WRITES
@@ -88,13 +89,12 @@ class GroupCommit:
             and not self._queue[0].alone
         ):
             group.append(self._queue.popleft())
-        return group
 
     def _lead(self, own: "_Write") -> None:
         group: list[_Write] = []
         self.sequence += 1
         try:
-            group = self._next_group()
+            self._take_next(group)
             try:
                 with self._database.writing() as connection:
                     for write in group:
