@@ -10,7 +10,7 @@ call, each on that one thread; additions use as many as OpenMP was started with.
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from index.index_file import write_index
 from index.inverted import inverted_file, search_lists
 from index.kinds import IndexSettings, Kind, Metric, is_trained, lists_for
 from index.locks import Pace, ReadWriteLock
+from index.one_query import Live, OneQuery
 
 faiss: Any = _faiss  # its type stubs lack half of what is used here
 
@@ -61,7 +62,7 @@ def search_block(
         return scores, positions
     # Of 20 queries or more at once faiss takes l2 through |x|² + |y|² - 2xy, which cancels.
     step = 16 if metric == "l2" else max(len(queries), 1)
-    with _OneThread():
+    with _one_thread():
         for start in range(0, len(queries), step):
             part = queries[start : start + step]
             found = np.empty((len(part), width), np.float32), np.empty((len(part), width), np.int64)
@@ -123,7 +124,8 @@ class Ann:
             self._growing = parts_of_graph(
                 index.hnsw, codes, row_bytes=4 * self.dimension, copy=faiss.memcpy, free=_free
             )
-        self._unfiltered: dict[int, Any] = {}
+        in_graph = kind == "hnsw" and metric != "l2"
+        self._one = OneQuery(faiss, index, self._lock) if in_graph else None
 
     @classmethod
     def train(
@@ -278,6 +280,17 @@ class Ann:
             scores[short], positions[short] = self.search_rows(queries[short], among, k)
         return scores, positions
 
+    def search_one(
+        self, query: NDArray[np.float32], k: int, live: Live | None
+    ) -> tuple[list[float], list[int]] | None:
+        """`search` for one query [dimension] among the `live` positions, all without it.
+
+        None where that takes more than a quick look at a graph.
+        """
+        if self._one is None:
+            return None
+        return self._one.search(query, k, effort=self.effort, live=live)
+
     def search_rows(self, queries: NDArray[np.float32], among: NDArray[np.int64], k: int) -> Hits:
         """The k nearest to each query among the positions `among` [m], by looking at each of them.
 
@@ -295,17 +308,9 @@ class Ann:
 
         An addition waits for the searches before it, and later ones wait behind it.
         """
-        if len(queries) == 1:
-            with _OneThread(), self._lock.reading():
-                found = search(queries)
-            if self.metric != "l2" and found[1].shape[1] == k and is_filled(found[1], k):
-                return found  # as it is: the commonest search should not take longer than it must
-            scores, positions = no_hits(1, k)
-            put_hits(found, self.metric, scores, positions)
-            return scores, positions
         scores, positions = no_hits(len(queries), k)
         pace, start = Pace(HOLD_S, first=1), 0
-        with _OneThread():
+        with _one_thread():
             while start < len(queries):
                 part = slice(start, start + pace.items)
                 with self._lock.reading():
@@ -341,11 +346,7 @@ class Ann:
     def _parameters(self, effort: int, k: int, share: float, selector: Any) -> Any:
         if self.kind == "hnsw":
             kept = candidates_kept(effort, k, share)
-            if selector is not None:
-                return faiss.SearchParametersHNSW(efSearch=kept, sel=selector)
-            if kept not in self._unfiltered:  # searches share one: making it takes 15 µs
-                self._unfiltered[kept] = faiss.SearchParametersHNSW(efSearch=kept)
-            return self._unfiltered[kept]
+            return faiss.SearchParametersHNSW(efSearch=kept, sel=selector)
         lists = lists_probed(effort, self._lists, share)
         coarse = None
         if isinstance(self._index.quantizer, faiss.IndexHNSW):
@@ -365,15 +366,15 @@ def _free(vector: Any) -> None:
         holder.permute_entries(np.empty(0, np.int64))
 
 
-class _OneThread(AbstractContextManager[None]):
+@contextmanager
+def _one_thread() -> Iterator[None]:
     """OpenMP's number of threads is a setting of the calling thread."""
-
-    def __enter__(self) -> None:
-        self._before = faiss.omp_get_max_threads()
-        faiss.omp_set_num_threads(1)
-
-    def __exit__(self, *raised: object) -> None:
-        faiss.omp_set_num_threads(self._before)
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 def _find(index: Any, queries: NDArray[np.float32], *, k: int, parameters: Any) -> Hits:

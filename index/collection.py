@@ -40,8 +40,8 @@ from index.records import (
     check_ids,
     check_positive,
     check_queries,
+    check_query,
     check_record,
-    check_vector,
 )
 from index.statistics import Stats, gather_stats
 from index.store import Store, count_records
@@ -242,7 +242,7 @@ class Collection:
         """
         check_positive(k=k)
         self._check_model(model)
-        query = check_vector(vector, self._dimension(space), self.metric, described="the query")
+        query = check_query(vector, self._dimension(space), self.metric, described="the query")
         (matches,) = self._mirror.search(
             space,
             query[np.newaxis],

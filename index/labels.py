@@ -18,28 +18,30 @@ class Labels:
     """
 
     def __init__(self) -> None:
-        self._ids: list[str | None] = []
-        self._texts: list[str | None] = []
+        self._ids: list[str] = []
+        self._texts: list[str] = []
         self._bytes = 0
 
-    def extend(self, ids: Iterable[str | None], metadata: Iterable[str | None]) -> None:
-        """Append rows: ids, and metadata as JSON; None for both of a row that is gone."""
+    def extend(self, ids: Iterable[str], metadata: Iterable[str]) -> None:
+        """Append rows: ids, and metadata as JSON; "" for both of a row that is gone."""
         for record_id, text in zip(ids, metadata, strict=True):
-            kept = text if text is not None and len(text) <= MAX_TEXT else None
+            kept = _kept(text)
             self._ids.append(record_id)
             self._texts.append(kept)
-            self._bytes += _size(record_id) + _size(kept)
+            self._bytes += sys.getsizeof(record_id) + sys.getsizeof(kept)
 
     def set(self, position: int, metadata: str) -> None:
         """Other metadata for a position that is here."""
-        kept = metadata if len(metadata) <= MAX_TEXT else None
-        self._bytes += _size(kept) - _size(self._texts[position])
+        kept = _kept(metadata)
+        self._bytes += sys.getsizeof(kept) - sys.getsizeof(self._texts[position])
         self._texts[position] = kept
 
-    def of(self, position: int) -> tuple[str, str] | None:
-        """Id and metadata of the row at a position; None: the store knows."""
-        record_id, text = self._ids[position], self._texts[position]
-        return None if record_id is None or text is None else (record_id, text)
+    def of(self, positions: Sequence[int]) -> tuple[list[str], list[str]]:
+        """Ids, and metadata as JSON, of the rows at these positions; "" where the store knows."""
+        ids, texts = self._ids, self._texts
+        return [ids[position] for position in positions], [
+            texts[position] for position in positions
+        ]
 
     def at(self, positions: NDArray[np.int64]) -> "Labels":
         """Those whose positions 0, 1, ... are the given ones of this."""
@@ -55,7 +57,7 @@ class Labels:
     def copy(self, other: "Labels", its: int, own: int) -> None:
         """Put another's row at its position `its` in the place of the one at `own`."""
         for mine, theirs in ((self._ids, other._ids), (self._texts, other._texts)):
-            self._bytes += _size(theirs[its]) - _size(mine[own])
+            self._bytes += sys.getsizeof(theirs[its]) - sys.getsizeof(mine[own])
             mine[own] = theirs[its]
 
     def __len__(self) -> int:
@@ -64,9 +66,9 @@ class Labels:
     @property
     def memory_bytes(self) -> int:
         """What the texts take, and the lists of them."""
-        lists: Sequence[list[str | None]] = (self._ids, self._texts)
+        lists: Sequence[list[str]] = (self._ids, self._texts)
         return self._bytes + sum(map(sys.getsizeof, lists))
 
 
-def _size(text: str | None) -> int:
-    return 0 if text is None else sys.getsizeof(text)
+def _kept(text: str) -> str:
+    return text if len(text) <= MAX_TEXT else ""

@@ -16,9 +16,10 @@ from index.errors import InvalidSettings
 from index.kinds import check_kind
 from index.labels import Labels
 from index.metadata import MetadataTable
+from index.records import prepared
 from index.space import Space
 from index.store import Store
-from index.view import Rows, View, prepared
+from index.view import Rows, View
 
 _logger = logging.getLogger(__name__)
 _PROGRESS_S = 5.0
@@ -98,8 +99,7 @@ def load(store: Store, *, name: str) -> tuple[View, dict[str, Saved]]:
 
 
 def _labels(store: Store, numbers: Rows) -> Labels:
-    ids: list[str | None] = [None] * len(numbers)
-    texts: list[str | None] = [None] * len(numbers)
+    ids, texts = [""] * len(numbers), [""] * len(numbers)
     for block in store.all_labels():
         at = np.searchsorted(numbers, [row for row, _, _ in block]).tolist()
         for position, (_, record_id, text) in zip(at, block, strict=True):
@@ -110,14 +110,18 @@ def _labels(store: Store, numbers: Rows) -> Labels:
 
 
 def vectors_at(store: Store, name: str, space: str, numbers: Rows) -> Iterator[NDArray[np.float32]]:
-    """The vectors of the rows `numbers` (sorted), in blocks; zeros for those that are gone.
+    """The vectors of the rows `numbers` (sorted), in blocks; others' for those that are gone.
 
-    Rows may be removed meanwhile, and written above the last of `numbers`.
+    Rows may be removed meanwhile, and written above the last of `numbers`. A structure is searched
+    past removed rows too, so these must lie as all do: zeros, of which each has the same product
+    with everything, drew the links of a graph to them and kept searches from what lay behind.
     """
+    others: NDArray[np.float32] | None = None
     next_word = time.monotonic() + _PROGRESS_S
     for start in range(0, len(numbers), _ROWS_AT_ONCE):
         wanted = numbers[start : start + _ROWS_AT_ONCE]
         vectors = np.zeros((len(wanted), store.spaces[space]), np.float32)
+        is_gone = np.ones(len(wanted), dtype=np.bool_)
         span = {"after": int(wanted[0]) - 1, "up_to": int(wanted[-1])}
         # A transaction for each piece: a long one would keep SQLite's log from being cut.
         with closing(store.vectors_in(space, **span)) as blocks:
@@ -125,6 +129,11 @@ def vectors_at(store: Store, name: str, space: str, numbers: Rows) -> Iterator[N
                 at = np.minimum(np.searchsorted(wanted, rows), len(wanted) - 1)
                 is_wanted = wanted[at] == rows
                 vectors[at[is_wanted]] = prepared(block[is_wanted], store.metric)
+                is_gone[at[is_wanted]] = False
+        if is_gone.any():
+            others = _some_vectors(store, space) if others is None else others
+            chosen = np.random.default_rng(start).integers(len(others), size=len(wanted))
+            vectors[is_gone] = others[chosen[is_gone]]
         yield vectors
         if time.monotonic() > next_word:
             next_word = time.monotonic() + _PROGRESS_S
@@ -132,6 +141,14 @@ def vectors_at(store: Store, name: str, space: str, numbers: Rows) -> Iterator[N
                 "collection %r, space %r: read %d of %d vectors",
                 *(name, space, start + len(wanted), len(numbers)),
             )
+
+
+def _some_vectors(store: Store, space: str) -> NDArray[np.float32]:
+    """At least one: of an empty store it is zeros, which nobody finds."""
+    with closing(store.vectors_in(space)) as blocks:
+        for _, vectors in blocks:
+            return prepared(vectors, store.metric)
+    return np.zeros((1, store.spaces[space]), np.float32)
 
 
 def _all_numbers(live_rows: Rows, cached: Mapping[str, CachedIndex]) -> Rows:

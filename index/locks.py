@@ -12,7 +12,8 @@ class ReadWriteLock:
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._readers = 0
         self._readers_waiting = 0
         self._writing = False
@@ -30,7 +31,7 @@ class ReadWriteLock:
         return self._reading
 
     def _begin_reading(self) -> None:
-        with self._changed:
+        with self._lock:
             if self._writing or self._writers_waiting:
                 self._readers_waiting += 1
                 try:
@@ -40,7 +41,7 @@ class ReadWriteLock:
             self._readers += 1
 
     def _end_reading(self) -> None:
-        with self._changed:
+        with self._lock:
             self._readers -= 1
             if not self._readers and self._writers_waiting:
                 self._changed.notify_all()

@@ -14,8 +14,9 @@ from index.kinds import Kind, choose_kind, is_trained, training_rows
 from index.loading import Saved, described, vectors_at
 from index.mirror import Mirror
 from index.recall import recall, take_sample
+from index.records import prepared
 from index.space import Space
-from index.view import Rows, View, prepared
+from index.view import Rows, View
 
 _logger = logging.getLogger(__name__)
 _ROWS_AT_ONCE = 2048

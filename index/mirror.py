@@ -16,10 +16,10 @@ from index.columns import MISSING, Column, sqlite_path
 from index.commits import GroupCommit
 from index.errors import StoreDamaged
 from index.filters import Filter
-from index.records import Match
+from index.records import Match, prepared
 from index.space import Found, Mask, Positions, Space
 from index.store import Store
-from index.view import Rows, View, prepared
+from index.view import Rows, View
 from index.writes import Changes
 
 T = TypeVar("T")
@@ -220,7 +220,6 @@ class Mirror:
         `effort` stands in place of the one that the space's structure is set to.
         """
         own = view.spaces[space]
-        queries = prepared(queries, own.metric)
         parts = []
         for part in own.search(queries, k, allowed=allowed, effort=effort):
             if not part.is_exact:
@@ -261,45 +260,52 @@ class Mirror:
         exclude: Sequence[str],
     ) -> list[list[Match]] | None:
         """None where records that were found have been changed meanwhile."""
+        if chosen is None and not exclude and len(queries) == 1:
+            matches = self._try_one(space, queries[0], k)
+            if matches is not None:
+                return [matches]
+        if chosen is None and not exclude and len(queries) == 1:
+            matches = self._try_one(space, queries[0], k)
+            if matches is not None:
+                return [matches]
         view, mask = self.select(chosen)
         allowed = view.allowed(mask, self.store.rows_of(exclude) if exclude else ())
         found = self.nearest(view, space, queries, k, allowed)
         if found is None:
             return None
         is_distance = view.spaces[space].metric == "l2"
-        matches: list[list[Match]] = []
+        all_matches: list[list[Match]] = []
         for scores, positions in found:
             if is_distance:  # squared so far
                 scores = -np.sqrt(-scores)
-            own = self._matches(view, scores, positions)
+            own = self._matches(view, scores.tolist(), positions.tolist())
             # An excluded record may have other vectors by now, in a row that the view lacks.
             if own is None or (exclude and any(match.id in exclude for match in own)):
                 return None
-            matches.append(own)
-        metadata = [match.metadata for own in matches for match in own] if chosen else []
-        return matches if chosen is None or chosen.matches(metadata).all() else None
+            all_matches.append(own)
+        metadata = [match.metadata for own in all_matches for match in own] if chosen else []
+        return all_matches if chosen is None or chosen.matches(metadata).all() else None
 
-    def _matches(
-        self, view: View, scores: NDArray[np.float32], positions: Positions
-    ) -> list[Match] | None:
+    def _try_one(self, space: str, query: NDArray[np.float32], k: int) -> list[Match] | None:
+        """One query and nothing left out; None where it is not to be had by `Space.search_one`."""
+        view = self.current()
+        own = view.spaces[space]
+        found = own.search_one(query, k, view.remaining)
+        return None if found is None else self._matches(view, *found)
+
+    def _matches(self, view: View, scores: list[float], positions: list[int]) -> list[Match] | None:
         """None where the store lacks a record now."""
-        matches, elsewhere = list[Match](), list[int]()
-        label_of, metadata_of = view.labels.of, self.store.metadata_of
-        for score, position in zip(scores.tolist(), positions.tolist(), strict=True):
-            label = label_of(position)
-            if label is None:
-                elsewhere.append(len(matches))
-                matches.append(Match("", score, {}))
-            else:
-                matches.append(Match(label[0], score, metadata_of(label[1])))
-        if elsewhere:
-            rows = view.numbers[positions[elsewhere]].tolist()
-            stored = self.store.labels_of(rows)
-            if len(stored) < len(rows):
-                return None
-            for i, row in zip(elsewhere, rows, strict=True):
-                matches[i] = Match(stored[row][0], matches[i].score, stored[row][1])
-        return matches
+        ids, texts = view.labels.of(positions)
+        if "" in texts:
+            lacking = {
+                i: int(view.numbers[positions[i]]) for i, text in enumerate(texts) if not text
+            }
+            stored = self.store.labels_of(lacking.values())
+            for i, row in lacking.items():
+                if row not in stored:
+                    return None
+                ids[i], texts[i] = stored[row]
+        return list(map(Match, ids, scores, texts))
 
     def _rescored(
         self, view: View, space: str, queries: NDArray[np.float32], part: Found

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from index.ann import search_block
 from index.loading import vectors_at
 from index.mirror import Mirror
-from index.view import View, prepared
+from index.records import prepared
+from index.view import View
 
 K = 10
 QUERIES = 200

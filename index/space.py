@@ -11,6 +11,7 @@ from index.ann import Ann, search_block
 from index.effort import candidates
 from index.hits import is_filled
 from index.kinds import Metric
+from index.one_query import Live
 
 BLOCK_ROWS = 16_384
 
@@ -103,6 +104,19 @@ class Space:
             if own is None or own.any():
                 found.append(self._search_block(queries, k, first, vectors, own))
         return found
+
+    def search_one(
+        self, query: Floats, k: int, live: Live | None
+    ) -> tuple[list[float], list[int]] | None:
+        """`search` for one query [dimension]: scores and positions, k of each and best first.
+
+        None where it takes more than one look at a graph that has all rows.
+        """
+        if self.ann is None or self.built != self.rows:
+            return None
+        found = self.ann.search_one(query, k, live)
+        # The graph may have been given rows that are not of this value.
+        return None if found is None or max(found[1]) >= self.rows else found
 
     @property
     def memory_bytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Self, TypeVar
 
 import numpy as np
@@ -10,7 +11,8 @@ from numpy.typing import NDArray
 from index.kinds import Metric
 from index.labels import Labels
 from index.metadata import MetadataTable
-from index.records import normalise
+from index.one_query import Live
+from index.records import prepared
 from index.space import Mask, Positions, Space
 from index.writes import Changes
 
@@ -81,6 +83,14 @@ class View:
                 for name, space in spaces.items()
             }
         return replace(self, numbers=numbers, live=live, count=count, dead=dead, spaces=spaces)
+
+    @cached_property
+    def remaining(self) -> Live | None:
+        """Which positions are live, packed; None: all."""
+        if not self.dead:
+            return None
+        bits = np.packbits(self.live[: self.count], bitorder="little")
+        return Live(bits, self.count - self.dead)
 
     def with_space(self, name: str, space: Space) -> Self:
         """With other structures for a space that hold the same vectors."""
@@ -165,11 +175,6 @@ class View:
             allowed &= mask
         allowed[self.positions_of(np.asarray(exclude, dtype=np.int64))] = False
         return allowed
-
-
-def prepared(vectors: NDArray[np.float32], metric: str) -> NDArray[np.float32]:
-    """Vectors [n, dimension] as the index holds them: of unit length where the metric is cosine."""
-    return normalise(vectors) if metric == "cosine" else np.ascontiguousarray(vectors)
 
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)

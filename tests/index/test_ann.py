@@ -10,6 +10,7 @@ from index.ann import Ann, faiss, search_block
 from index.effort import candidates
 from index.errors import InvalidSettings
 from index.kinds import IndexSettings, Kind, Metric
+from index.one_query import Live
 
 METRICS: list[Metric] = ["cosine", "ip", "l2"]
 KINDS: list[Kind] = ["hnsw", "ivf_sq8", "ivf_pq", "mapped"]
@@ -277,3 +278,54 @@ def test_searches_run_beside_additions(kind: Kind) -> None:
         thread.join()
     assert faults == []
     assert len(ann) == 6000
+
+
+@pytest.mark.parametrize("metric", ["cosine", "ip"])
+def test_one_query_finds_what_several_find(metric: Metric) -> None:
+    rows, asked = clustered(3000, metric=metric), clustered(50, seed=1, metric=metric)
+    ann = trained("hnsw", metric, rows)
+    mask = np.random.default_rng(0).random(3000) < 0.8
+    live = Live(np.packbits(mask, bitorder="little"), int(mask.sum()))
+    for allowed, own in ((None, None), (mask, live)):
+        for k in (1, 10):
+            scores, positions = ann.search(asked, k, allowed=allowed)
+            found = [ann.search_one(query, k, own) for query in asked]
+            assert found == [
+                (s.tolist(), p.tolist()) for s, p in zip(scores, positions, strict=True)
+            ]
+
+
+def test_one_query_is_left_to_search_where_a_look_at_the_graph_is_not_enough() -> None:
+    rows = clustered(300)
+    few = np.zeros(300, np.bool_)
+    few[:20] = True
+    live = Live(np.packbits(few, bitorder="little"), 20)
+    graph = trained("hnsw", "cosine", rows)
+    assert graph.search_one(rows[0], 5, None) is not None
+    assert graph.search_one(rows[0], 301, None) is None
+    assert graph.search_one(rows[0], 5, live) is None  # looking at 20 rows is faster
+    assert trained("hnsw", "l2", rows).search_one(rows[0], 5, None) is None
+    assert trained("ivf_sq8", "cosine", rows).search_one(rows[0], 5, None) is None
+
+
+def test_many_threads_ask_for_one_query_each_while_a_graph_grows() -> None:
+    rows = clustered(4000)
+    ann = trained("hnsw", "cosine", rows[:1000])
+    wrong, stop = set[int](), threading.Event()
+
+    def ask(first: int) -> None:
+        for i in range(first, 10**9, 4):
+            found = ann.search_one(rows[i % 1000], 1 + i % 3, None)
+            if found is None or found[1][0] != i % 1000:
+                wrong.add(i % 1000)
+            if stop.is_set():
+                return
+
+    threads = [threading.Thread(target=ask, args=(first,)) for first in range(4)]
+    for thread in threads:
+        thread.start()
+    ann.add(rows[1000:])
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert len(wrong) <= 5  # a graph has no way to some rows; another thread's hits would be many

@@ -242,8 +242,10 @@ def test_damage_that_shows_later_is_reported_too(root: Path) -> None:
         assert collection.get("r0").metadata == {"number": 0}
         with pytest.raises(StoreDamaged, match="metadata"):
             collection.get("r1")
+        (match,) = collection.search(vectors(1)["cls"], k=1)
+        assert match.id == "r1"
         with pytest.raises(StoreDamaged, match="metadata"):
-            collection.search(vectors(1)["cls"], k=1)
+            _ = match.metadata
 
 
 def test_a_snapshots_path(collections: CollectionSet) -> None:

@@ -5,11 +5,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from index.collection import NewRecord
+from index.collection_set import CollectionSet
 from index.durable import read_manifest, write_manifest
 from index.kinds import IndexSettings
+from index.maintenance import BuildPolicy
 from index.store import FILE_NAME
+from tests.index.helpers import MODEL
 from tests.index.indexed import (
     HNSW,
     clustered_rows,
@@ -179,3 +184,32 @@ def test_an_index_from_before_recall_was_noted_is_taken_up(root: Path, rows: Any
         assert collection.stats().spaces["cls"].kind == "hnsw"
         assert collection.wait_until_built(timeout_s=60)
         assert collection.stats().spaces["cls"].recall is not None
+
+
+def test_rows_that_are_gone_mislead_no_search(root: Path) -> None:
+    """One space's index is lost, and the other's has rows that were removed since."""
+    random = np.random.default_rng(0)
+    spaces = {"cls": 16, "copy": 8}
+    # So searches are content with the least effort.
+    settings = IndexSettings(kind="hnsw", hnsw_m=8, ef_construction=16, target_recall=0.5)
+    made = {name: random.standard_normal((1500, d), np.float32) for name, d in spaces.items()}
+    policy = BuildPolicy(save_rows=100, save_share=0, compact_share=0.5)
+    with CollectionSet(root, policy=policy) as collections:
+        collection = collections.create("c", spaces=spaces, model=MODEL, settings=settings)
+        collection.upsert(
+            [
+                NewRecord(f"r{i}", {name: rows[i] for name, rows in made.items()})
+                for i in range(1500)
+            ]
+        )
+        assert collection.wait_until_built(timeout_s=60)
+        collection.delete([f"r{i}" for i in range(0, 1500, 5)])
+    for path in (root / "c" / "index").glob("copy.*"):
+        path.unlink()
+    with CollectionSet(root, policy=policy) as collections:
+        collection = collections.get("c")
+        assert collection.wait_until_built(timeout_s=60)
+        assert collection.stats().removed == 300
+        own = [f"r{i}" for i in range(1500) if i % 5]
+        found = collection.search_batch(made["copy"][[int(each[1:]) for each in own]], 1, "copy")
+        assert [match.id for (match,) in found] == own

@@ -170,12 +170,16 @@ async def test_classify_needs_a_label(filled: httpx.AsyncClient) -> None:
         assert error_of(response, 422)["param"] == option
 
 
+def match_of(key: str, score: float, metadata: dict[str, Any]) -> Match:
+    return Match(key, score, json.dumps(metadata))
+
+
 def test_the_votes_numbers() -> None:
     neighbours = [
-        Match("a", 0.9, {"y": "cat"}),
-        Match("b", 0.8, {"y": "dog"}),
-        Match("c", 0.7, {"y": "dog"}),
-        Match("d", 0.6, {}),
+        match_of("a", 0.9, {"y": "cat"}),
+        match_of("b", 0.8, {"y": "dog"}),
+        match_of("c", 0.7, {"y": "dog"}),
+        match_of("d", 0.6, {}),
     ]
     # exp(9), exp(8), exp(7): 8103.084, 2980.958, 1096.633; together 12180.675.
     answer = [(one.label, one.probability) for one in vote(neighbours, "y", 0.1)]
@@ -185,7 +189,7 @@ def test_the_votes_numbers() -> None:
 
 def test_labels_may_be_any_json_value() -> None:
     labels: list[Any] = ["1", 1, True, None, ["a", 1], {"b": 1, "a": 2}]
-    neighbours = [Match(str(i), 0.9 - i / 10, {"y": label}) for i, label in enumerate(labels)]
+    neighbours = [match_of(str(i), 0.9 - i / 10, {"y": label}) for i, label in enumerate(labels)]
     answer = vote(neighbours, "y", 1.0)
     assert [json.dumps(one.label) for one in answer] == [
         json.dumps(label, sort_keys=True) for label in labels
@@ -195,9 +199,9 @@ def test_labels_may_be_any_json_value() -> None:
 
 def test_a_small_temperature_neither_overflows_nor_leaves_nobody_to_vote() -> None:
     neighbours = [
-        Match("a", 1.0, {}),  # the nearest has no label
-        Match("b", -0.5, {"y": "cat"}),
-        Match("c", -0.6, {"y": "dog"}),
+        match_of("a", 1.0, {}),  # the nearest has no label
+        match_of("b", -0.5, {"y": "cat"}),
+        match_of("c", -0.6, {"y": "dog"}),
     ]
     for temperature in (1e-3, 1e-6, 1e-300, 5e-324):
         answer = [(one.label, one.probability) for one in vote(neighbours, "y", temperature)]

@@ -32,7 +32,9 @@ from tests.index.torture.writer import POLICY
 
 _PAGE = 997
 _THUMBNAILS = 50
-_MISSED_SHARE = 0.01  # by an index that does not look at everything, and is set to a recall of 0.99
+# By an index that does not look at everything. It is set to a recall of 0.99 by a sample of 200,
+# and anew only when its rows have grown by a third.
+_MISSED_SHARE = 0.02
 _NEVER = ("checksum differs", "bytes, not")  # refusals of an index that no kill may lead to
 
 
