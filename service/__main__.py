@@ -7,7 +7,7 @@ import sys
 import uvicorn
 from pydantic import ValidationError
 
-from service.app import create_app, load_encoder
+from service.app import create_app, find_models
 from service.settings import Settings
 
 
@@ -26,14 +26,14 @@ def main() -> int:
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     try:
-        encoder = load_encoder(settings)
+        models = find_models(settings)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     # uvicorn finishes what is under way, then raises the signal again for whoever waits for it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     uvicorn.run(
-        create_app(settings, encoder=encoder),
+        create_app(settings, models=models),
         host=settings.host,
         port=settings.port,
         log_level=settings.log_level,

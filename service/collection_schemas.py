@@ -40,6 +40,11 @@ class IndexOptions(Options):
 class CollectionOptions(Options):
     """What a collection should be like."""
 
+    model: str | None = Field(
+        default=None,
+        description="the model whose vectors it holds, by its name in /v1/models; null: the first "
+        "of these, or the one that it has. It cannot be changed later.",
+    )
     index: IndexOptions | None = Field(
         default=None, description="null: auto for a new collection, else as it is"
     )

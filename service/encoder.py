@@ -82,35 +82,14 @@ class TorchEncoder:
     def __init__(
         self, model: NamedModel, *, device: str = "auto", attention_pixels: int = 0
     ) -> None:
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device is 'cuda', but torch finds no CUDA device here; use 'cpu'")
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._device = torch.device(device)
+        self.info = model_info(model)
+        self._device = torch.device(check_device(device))
         artifact = model.artifact
-        architecture, preprocess = artifact.architecture, artifact.preprocess
-        try:
-            picture_mode = preprocess.mode
-        except ValueError as error:
-            raise ValueError(f"model {model.name!r} cannot be served: {error}") from error
         self._network = artifact.network().to(self._device)
-        self._preprocess = preprocess
+        self._preprocess = artifact.preprocess
         self._whitening = artifact.whitening
-        self._patch = architecture.patch_size
-        self._attention_pixels = attention_pixels or round(preprocess.crop * 480 / 224)
-        vit = architecture.has_attention
-        self.info = ModelInfo(
-            name=model.name,
-            fingerprint=artifact.fingerprint,
-            architecture=f"{architecture.name}/{self._patch}" if vit else architecture.name,
-            embedding_size=architecture.embed_dim,
-            copy_embedding_size=architecture.embed_dim + architecture.token_dim,
-            input_size=preprocess.crop,
-            patch_size=self._patch if vit else None,
-            heads=architecture.num_heads,
-            picture_mode=picture_mode,
-            licence=str(artifact.provenance.get("licence") or "unknown"),
-        )
+        self._patch = artifact.architecture.patch_size
+        self._attention_pixels = attention_pixels or round(artifact.preprocess.crop * 480 / 224)
 
     def prepare(self, task: Task, picture: Image.Image) -> Array:
         """See `Encoder`: centre crop for CLS, squashed for copies, whole for attention."""
@@ -141,6 +120,46 @@ class TorchEncoder:
         if self._whitening is None:
             return cls
         return self._whitening.apply(torch.from_numpy(cls)).numpy()
+
+
+def model_info(model: NamedModel) -> ModelInfo:
+    """What the service says of a model, before its network is built.
+
+    Raises:
+        ValueError: it takes pictures of a number of channels that files do not hold.
+    """
+    artifact = model.artifact
+    architecture, preprocess = artifact.architecture, artifact.preprocess
+    try:
+        picture_mode = preprocess.mode
+    except ValueError as error:
+        raise ValueError(f"model {model.name!r} cannot be served: {error}") from error
+    vit, patch = architecture.has_attention, architecture.patch_size
+    return ModelInfo(
+        name=model.name,
+        fingerprint=artifact.fingerprint,
+        architecture=f"{architecture.name}/{patch}" if vit else architecture.name,
+        embedding_size=architecture.embed_dim,
+        copy_embedding_size=architecture.embed_dim + architecture.token_dim,
+        input_size=preprocess.crop,
+        patch_size=patch if vit else None,
+        heads=architecture.num_heads,
+        picture_mode=picture_mode,
+        licence=str(artifact.provenance.get("licence") or "unknown"),
+    )
+
+
+def check_device(device: str) -> str:
+    """The device that the setting means.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda', but torch finds no CUDA device here; use 'cpu'")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
 
 
 def batch_kind(task: Task, prepared: Array) -> Hashable:

@@ -78,10 +78,16 @@ class ErrorAnswer(Answer):
     error: ErrorDetail
 
 
+ModelName = Annotated[
+    str | None,
+    Field(description="the model's name, as in /v1/models; without it the first of these"),
+]
+
+
 class EmbeddingOptions(Options):
     """How embeddings are given."""
 
-    model: str | None = Field(default=None, description="the model's name, as in /v1/models")
+    model: ModelName = None
     encoding_format: Literal["float", "base64"] | None = Field(
         default=None, description="float: a list of numbers; base64: little-endian float32"
     )
@@ -134,6 +140,7 @@ class EmbeddingAnswer(Answer):
 class AttentionOptions(Options):
     """How attention is drawn."""
 
+    model: ModelName = None
     head: str = Field(
         default="mean",
         pattern=r"^(mean|all|[0-9]{1,3})$",

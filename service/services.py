@@ -3,57 +3,64 @@
 from dataclasses import dataclass
 from typing import Annotated, cast
 
+import anyio.to_thread
 from fastapi import Depends, Request
 
 from index.collection import Collection
 from index.collection_set import CollectionSet
 from index.errors import ModelMismatch
-from service.errors import RequestError
+from service.encoder import ModelInfo
+from service.models import Models
 from service.settings import Settings
 from service.vision import Vision
 
 
 @dataclass(frozen=True, kw_only=True)
 class Services:
-    """The model, the collections and the settings of a running service."""
+    """The models, the collections and the settings of a running service."""
 
     settings: Settings
-    vision: Vision
+    models: Models
     collections: CollectionSet
 
-    @property
-    def spaces(self) -> dict[str, int]:
-        """The vectors of each picture: CLS for similarity, the copy descriptor for copies."""
-        info = self.vision.info
-        return {"cls": info.embedding_size, "copy": info.copy_embedding_size}
+    async def vision(self, model: str | None) -> Vision:
+        """A served model, the default without a name; see `Models.vision`."""
+        return await anyio.to_thread.run_sync(self.models.vision, model)
 
-    def collection(self, name: str) -> Collection:
-        """A collection whose vectors the served model can be compared with.
+    async def open(self, name: str) -> tuple[Collection, Vision]:
+        """A collection, and the model that its vectors are of.
 
         Raises:
             CollectionNotFound, StoreDamaged: see `CollectionSet.get`.
-            ModelMismatch: it was made with another model.
+            ModelMismatch: it was made with a model that is not served.
         """
-        collection = self.collections.get(name)
-        info = self.vision.info
-        if collection.model != info.fingerprint:
-            raise ModelMismatch(
-                f"collection {name!r} holds vectors of the model {collection.model}, and this "
-                f"service serves {info.fingerprint} ({info.name}); serve that model, or make a "
-                "collection of another name and ingest the pictures again"
-            )
-        return collection
 
-    def check_model(self, name: str | None) -> None:
-        """Refuses a request for a model that is not served."""
-        known = self.vision.info.name
-        if name not in (None, known):
-            raise RequestError(
-                f"model {name!r} is not served here; served is {known!r}",
-                code="model_not_found",
-                param="model",
-                status=404,
+        def find() -> tuple[Collection, Vision]:
+            collection = self.collections.get(name)
+            return collection, self.models.vision(self.model_of(collection).name)
+
+        return await anyio.to_thread.run_sync(find)
+
+    def model_of(self, collection: Collection) -> ModelInfo:
+        """The served model that a collection's vectors are of.
+
+        Raises:
+            ModelMismatch: it is not served.
+        """
+        info = self.models.of_fingerprint(collection.model)
+        if info is None:
+            served = ", ".join(f"{each.fingerprint} ({each.name})" for each in self.models.infos)
+            raise ModelMismatch(
+                f"collection {collection.name!r} holds vectors of the model {collection.model}, "
+                f"and this service serves {served}; serve that model too (DINOSCOPE_MODELS), or "
+                "make a collection of another name and ingest the pictures again"
             )
+        return info
+
+
+def spaces_of(info: ModelInfo) -> dict[str, int]:
+    """The vectors of each picture: CLS for similarity, the copy descriptor for copies."""
+    return {"cls": info.embedding_size, "copy": info.copy_embedding_size}
 
 
 def get_services(request: Request) -> Services:

@@ -1,10 +1,10 @@
 """The service's settings: the only reader of the environment (prefix DINOSCOPE_) and of `.env`."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
 class Settings(BaseSettings):
@@ -15,6 +15,15 @@ class Settings(BaseSettings):
     model: str = Field(
         default="default",
         description="default (the model in the repository), a known name, or a path to a model",
+    )
+    models: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="more models to serve beside it, between commas, each as for model, or as "
+        "NAME=MODEL to choose the name that it goes by",
+    )
+    load_models: Literal["start", "lazy"] = Field(
+        default="start",
+        description="when those in models are loaded: at the start, or when first asked for",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="where the model runs; auto takes CUDA where there is one"
@@ -54,6 +63,13 @@ class Settings(BaseSettings):
     log_level: Literal["critical", "error", "warning", "info", "debug"] = Field(
         default="info", description="what is logged"
     )
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _by_commas(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        return tuple(part.strip() for part in value.split(",") if part.strip())
 
     @model_validator(mode="after")
     def _queue_holds_a_request(self) -> Self:

@@ -37,20 +37,21 @@ async def attention(
     request: Request, services: Served, query: Annotated[AttentionOptions, Query()]
 ) -> Response:
     """The CLS row of the last block's attention, over the picture in its own aspect ratio."""
-    vision = services.vision
-    _check_attention(vision.info)
     options = query
     if uploads.is_json(request):
         body = await uploads.read_json(request, AttentionRequest)
         options, picture = body, EncodedPicture(content=body.image, param="image")
     else:
         picture = await uploads.read_one(request)
-    _check_head(options.head, vision.info.heads)
+    info = services.models.info(options.model)
+    _check_attention(info)
+    _check_head(options.head, info.heads)
+    vision = await services.vision(info.name)
     maps, decoded = await vision.attention(picture, largest=options.size or _LARGEST_DEFAULT)
     chosen, names = _choose(maps, options.head)
     if "application/json" in request.headers.get("accept", ""):
         answer = AttentionAnswer(
-            model=vision.info.name,
+            model=info.name,
             grid=(maps.shape[1], maps.shape[2]),
             heads=names,
             maps=chosen.tolist(),

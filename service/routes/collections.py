@@ -15,6 +15,7 @@ from index.errors import (
     CollectionExists,
     CollectionNotFound,
     InvalidFilter,
+    ModelMismatch,
     RecordNotFound,
     StoreDamaged,
     StoreFailed,
@@ -45,8 +46,8 @@ from service.schemas import (
     Stored,
     StoredImages,
 )
-from service.services import Served, Services
-from service.vision import EncodedPicture, Prepared, all_or_none
+from service.services import Served, Services, spaces_of
+from service.vision import EncodedPicture, Prepared, Vision, all_or_none
 
 router = APIRouter(prefix="/v1/collections", tags=["collections"], responses=ERRORS)
 
@@ -84,17 +85,20 @@ async def make_collection(
         else IndexSettings.from_dict(options.index.model_dump(exclude_unset=True))
     )
 
+    info = services.models.info(options.model)
+
     def make() -> CollectionAnswer:
         try:
             collection = services.collections.create(
                 name,
-                spaces=services.spaces,
-                model=services.vision.info.fingerprint,
+                spaces=spaces_of(info),
+                model=info.fingerprint,
                 settings=settings,
             )
         except CollectionExists:
             response.status_code = 200
-            collection = services.collection(name)
+            collection = services.collections.get(name)
+            _check_same_model(collection, services, options.model)
             if settings is not None:
                 collection.configure(settings)
         return collection_answer(collection)
@@ -126,13 +130,13 @@ async def add_images(
     name: str, request: Request, services: Served, query: Annotated[ImageOptions, Query()]
 ) -> StoredImages:
     """Durable when the answer comes. A bad picture fails alone, unless it is the only one."""
-    collection = await anyio.to_thread.run_sync(services.collection, name)
+    collection, vision = await services.open(name)
     incoming, on_duplicate = await _read_images(request, services, query)
-    results = await asyncio.gather(*(_prepare(collection, services, image) for image in incoming))
+    results = await asyncio.gather(*(_prepare(collection, vision, image) for image in incoming))
     if len(results) == 1 and isinstance(results[0], RequestError):
         raise results[0]
     new = _to_be_written([r for r in results if isinstance(r, _Ready)], on_duplicate)
-    outcomes = await _store(collection, services, new, on_duplicate)
+    outcomes = await _store(collection, vision, new, on_duplicate)
     written = dict(zip(new, outcomes, strict=True))
     return StoredImages(
         images=[
@@ -190,6 +194,15 @@ def delete_image(name: str, id: str, services: Served) -> Deleted:  # noqa: A002
 def get_thumbnail(name: str, id: str, services: Served) -> Response:  # noqa: A002
     """A small JPEG, made when the picture was added."""
     return Response(services.collections.get(name).thumbnail(id), media_type="image/jpeg")
+
+
+def _check_same_model(collection: Collection, services: Services, asked: str | None) -> None:
+    present = services.model_of(collection)
+    if asked not in (None, present.name):
+        raise ModelMismatch(
+            f"collection {collection.name!r} is of the model {present.name!r}, not of {asked!r}; a "
+            "collection keeps its model"
+        )
 
 
 def collection_answer(collection: Collection) -> CollectionAnswer:
@@ -274,13 +287,11 @@ async def _read_images(
 
 
 async def _prepare(
-    collection: Collection, services: Services, image: _Incoming
+    collection: Collection, vision: Vision, image: _Incoming
 ) -> _Ready | RequestError:
     """The picture as the model takes it, or why there is none."""
     try:
-        prepared = await services.vision.prepare(
-            image.picture, ("cls", "copy"), keep_thumbnail=True
-        )
+        prepared = await vision.prepare(image.picture, ("cls", "copy"), keep_thumbnail=True)
     except ImageError as error:
         return error
     record_id = image.id if image.id is not None else prepared.content_hash
@@ -318,11 +329,10 @@ def _find(collection: Collection, record_id: str) -> Record | None:
 
 
 async def _store(
-    collection: Collection, services: Services, new: Sequence[_Ready], on_duplicate: OnDuplicate
+    collection: Collection, vision: Vision, new: Sequence[_Ready], on_duplicate: OnDuplicate
 ) -> list[UpsertOutcome]:
     if not new:
         return []
-    vision = services.vision
     tasks: tuple[Task, ...] = ("cls", "copy")
     cls, copy = await all_or_none(
         vision.run(task, [one.prepared.inputs[task] for one in new]) for task in tasks

@@ -20,7 +20,7 @@ async def copies(
     name: str, request: Request, services: Served, query: Annotated[CopyOptions, Query()]
 ) -> CopyAnswer:
     """Raw scores, no verdict: a threshold means nothing before the collection is calibrated."""
-    collection = await anyio.to_thread.run_sync(services.collection, name)
+    collection, vision = await services.open(name)
     options: CopyTerms = query
     if uploads.is_json(request):
         body = await uploads.read_json(request, CopyRequest)
@@ -29,7 +29,7 @@ async def copies(
     else:
         chosen = uploads.parse_filter(query.filter)
         picture = await uploads.read_one(request)
-    vector = (await services.vision.encode("copy", [picture]))[0]
+    vector = (await vision.encode("copy", [picture]))[0]
 
     def find() -> list[Match]:
         return collection.search(vector, k=options.k, space="copy", filter=chosen)

@@ -11,7 +11,7 @@ from service.encoder import Array
 from service.errors import RequestError
 from service.routes.openapi import ERRORS, picture_body
 from service.schemas import Embedding, EmbeddingAnswer, EmbeddingOptions, EmbeddingRequest
-from service.services import Served
+from service.services import Served, spaces_of
 
 router = APIRouter(tags=["embeddings"])
 
@@ -26,18 +26,18 @@ async def embed(
     request: Request, services: Served, query: Annotated[EmbeddingOptions, Query()]
 ) -> EmbeddingAnswer:
     """One embedding for each picture, in order; all or none."""
-    settings, vision = services.settings, services.vision
-    most = settings.max_request_images
-    options = query
+    most = services.settings.max_request_images
+    options, dimensions = query, None
     if uploads.is_json(request):
         body = await uploads.read_json(request, EmbeddingRequest)
-        _check_dimensions(body.dimensions, services.spaces[body.feature])
         pictures = uploads.pictures_of(body.input, max_pictures=most, param="input")
-        options = body
+        options, dimensions = body, body.dimensions
     else:
         upload = await uploads.read_upload(request, max_pictures=most)
         pictures = upload.pictures
-    services.check_model(options.model)
+    info = services.models.info(options.model)
+    _check_dimensions(dimensions, spaces_of(info)[options.feature])
+    vision = await services.vision(info.name)
     vectors = await vision.encode(options.feature, pictures)
     as_base64 = options.encoding_format == "base64"
     return EmbeddingAnswer(
@@ -45,7 +45,7 @@ async def embed(
             Embedding(index=i, embedding=_encoded(vector, options.normalize, as_base64))
             for i, vector in enumerate(vectors)
         ],
-        model=vision.info.name,
+        model=info.name,
     )
 
 

@@ -28,15 +28,21 @@ async def readyz(services: Served, response: Response) -> Health:
     Damaged collections are listed, but leave the service ready: the others work.
     """
     reasons = [str(error) for error in list(services.collections.damaged.values())]
-    ready = services.vision.alive
+    ready = all(vision.alive for vision in services.models.loaded)
     if not ready:
-        reasons.append("the model's thread has ended; restart the service")
+        reasons.append("a model's thread has ended; restart the service")
         response.status_code = 503
     return Health(status="ok" if ready else "unavailable", reasons=reasons)
 
 
 @router.get("/v1/models", tags=["models"], summary="The models that are served")
 async def models(services: Served) -> ModelList:
-    """OpenAI's list, with embedding, input and patch size, and the licence of the weights."""
-    info = asdict(services.vision.info)
-    return ModelList(data=[ModelCard(id=info.pop("name"), **info)])
+    """OpenAI's list, with embedding, input and patch size, and the licence of the weights.
+
+    The first is the one that serves requests which name none.
+    """
+    cards = []
+    for info in services.models.infos:
+        told = asdict(info)
+        cards.append(ModelCard(id=told.pop("name"), **told))
+    return ModelList(data=cards)

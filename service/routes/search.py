@@ -26,8 +26,8 @@ from service.schemas import (
     SearchRequest,
     SearchTerms,
 )
-from service.services import Served, Services
-from service.vision import EncodedPicture
+from service.services import Served
+from service.vision import EncodedPicture, Vision
 
 router = APIRouter(prefix="/v1/collections/{name}", tags=["search"], responses=ERRORS)
 
@@ -37,17 +37,17 @@ async def search(
     name: str, request: Request, services: Served, query: Annotated[SearchOptions, Query()]
 ) -> SearchAnswer:
     """By a picture, by the id of one in the collection (itself left out), or by a vector."""
-    collection = await anyio.to_thread.run_sync(services.collection, name)
+    collection, vision = await services.open(name)
     options: SearchTerms = query
     exclude: list[str] = []
     if uploads.is_json(request):
         body = await uploads.read_json(request, SearchRequest)
         options, chosen = body, body.filter
-        vector, exclude = await _vector_of(body, collection, services)
+        vector, exclude = await _vector_of(body, collection, vision)
     else:
         chosen = uploads.parse_filter(query.filter)
         picture = await uploads.read_one(request)
-        vector = await _embed(picture, services)
+        vector = await _embed(picture, vision)
 
     def find() -> list[Match]:
         return collection.search(
@@ -64,7 +64,7 @@ async def classify(
     name: str, request: Request, services: Served, query: Annotated[ClassifyOptions, Query()]
 ) -> ClassifyAnswer:
     """Each of the k nearest votes for its label with weight exp(score / temperature)."""
-    collection = await anyio.to_thread.run_sync(services.collection, name)
+    collection, vision = await services.open(name)
     options: ClassifyTerms = query
     if uploads.is_json(request):
         body = await uploads.read_json(request, ClassifyRequest)
@@ -80,7 +80,7 @@ async def classify(
             code="missing_label",
             param="label",
         )
-    vector = await _embed(picture, services)
+    vector = await _embed(picture, vision)
 
     def find() -> list[Match]:
         return collection.search(vector, k=options.k, filter=chosen)
@@ -116,7 +116,7 @@ def to_matches(matches: list[Match]) -> list[SearchMatch]:
 
 
 async def _vector_of(
-    body: SearchRequest, collection: Collection, services: Services
+    body: SearchRequest, collection: Collection, vision: Vision
 ) -> tuple[Any, list[str]]:
     given = [name for name in ("image", "id", "vector") if getattr(body, name) is not None]
     if len(given) != 1:
@@ -127,7 +127,7 @@ async def _vector_of(
         )
     if body.image is not None:
         picture = EncodedPicture(content=body.image, param="image")
-        return await _embed(picture, services), []
+        return await _embed(picture, vision), []
     if body.id is not None:
         record_id = body.id
 
@@ -135,14 +135,14 @@ async def _vector_of(
             return collection.get(record_id, with_vectors=True).vectors["cls"]
 
         return await anyio.to_thread.run_sync(load), [record_id]
-    return _similarity(body.vector or [], services), []
+    return _similarity(body.vector or [], vision), []
 
 
-async def _embed(picture: EncodedPicture, services: Services) -> Array:
-    return _similarity((await services.vision.encode("cls", [picture]))[0], services)
+async def _embed(picture: EncodedPicture, vision: Vision) -> Array:
+    return _similarity((await vision.encode("cls", [picture]))[0], vision)
 
 
-def _similarity(cls: ArrayLike, services: Services) -> Array:
+def _similarity(cls: ArrayLike, vision: Vision) -> Array:
     """What the collection compares, of a CLS embedding of any length.
 
     What is no embedding goes on as it is: the collection says what is wrong with it.
@@ -150,8 +150,8 @@ def _similarity(cls: ArrayLike, services: Services) -> Array:
     given = np.asarray(cls, dtype=np.float64)
     largest = float(np.abs(given).max(initial=0.0))
     usable = 0.0 < largest <= float(np.finfo(np.float32).max)
-    if given.shape != (services.vision.info.embedding_size,) or not usable:
+    if given.shape != (vision.info.embedding_size,) or not usable:
         return cast(Array, given)
     scaled: Array = (given / largest).astype(np.float32)
-    similar: Array = services.vision.similarity(scaled[np.newaxis])[0]
+    similar: Array = vision.similarity(scaled[np.newaxis])[0]
     return similar

@@ -1,4 +1,4 @@
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -7,9 +7,8 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from service.app import create_app
 from service.settings import Settings
-from tests.service.fakes import FakeEncoder
+from tests.service.fakes import FakeEncoder, created
 
 Serve = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
 
@@ -28,9 +27,11 @@ def encoder() -> FakeEncoder:
 def make_app(tmp_path: Path, encoder: FakeEncoder) -> Callable[..., FastAPI]:
     """An application on the test's own folder; `model` and settings may be others."""
 
-    def make(*, model: FakeEncoder | None = None, **settings: Any) -> FastAPI:
+    def make(
+        *, model: FakeEncoder | None = None, others: Sequence[FakeEncoder] = (), **settings: Any
+    ) -> FastAPI:
         given = {"data_dir": tmp_path / "data", "decode_threads": 2, **settings}
-        return create_app(Settings(_env_file=None, **given), encoder=model or encoder)
+        return created(Settings(_env_file=None, **given), model or encoder, *others)
 
     return make
 
@@ -70,7 +71,7 @@ async def shared_client(
 ) -> AsyncIterator[httpx.AsyncClient]:
     """One application for a module whose tests leave nothing behind; starting one takes time."""
     settings = Settings(_env_file=None, data_dir=tmp_path_factory.mktemp("shared"))
-    app = create_app(settings, encoder=shared_encoder)
+    app = created(settings, shared_encoder)
     async with (
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client,

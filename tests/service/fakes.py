@@ -5,9 +5,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
+from fastapi import FastAPI
 from PIL import Image
 
+from service.app import create_app, make_model
 from service.encoder import Array, ModelInfo, Task
+from service.models import Models
+from service.settings import Settings
 
 PATIENCE_S = 60.0  # longest wait for an event that is bound to come; ends a test that would hang
 
@@ -80,6 +84,12 @@ class FakeEncoder:
             return (maps / maps.sum(axis=(1, 2), keepdims=True)).astype(np.float32)
         vector = pixels.reshape(-1) / 255.0 - 0.4987
         return vector if task == "cls" else np.concatenate((vector, vector**2))
+
+
+def created(settings: Settings, *encoders: FakeEncoder) -> FastAPI:
+    """An application that serves these; the first is its default."""
+    models = [make_model(one.info, lambda one=one: one, settings) for one in encoders]
+    return create_app(settings, models=Models(models))
 
 
 class _Gate:

@@ -124,5 +124,5 @@ async def test_uploads_at_once_keep_their_pictures_apart(client: httpx.AsyncClie
 async def _until_waiting(client: httpx.AsyncClient, count: int) -> None:
     services = client._transport.app.state.services
     async with asyncio.timeout(PATIENCE_S):
-        while len(services.vision._batcher._waiting) < count:
+        while len(services.models.loaded[0]._batcher._waiting) < count:
             await asyncio.sleep(0.001)

@@ -6,11 +6,10 @@ from typing import Any
 import httpx
 import pytest
 
-from service.app import create_app
 from service.settings import Settings
 from tests.service.answers import error_of, json_of
 from tests.service.conftest import Serve
-from tests.service.fakes import FakeEncoder
+from tests.service.fakes import FakeEncoder, created
 from tests.service.pictures import as_base64, data_uri, png
 
 pytestmark = pytest.mark.anyio
@@ -31,7 +30,7 @@ def filled_in(path: str) -> str:
     return path.replace("{name}", "default").replace("{id}", "a").replace("{snapshot}", "a")
 
 
-API = create_app(Settings(_env_file=None), encoder=FakeEncoder()).openapi()
+API = created(Settings(_env_file=None), FakeEncoder()).openapi()
 ROUTES = [(path, method.upper()) for path, item in API["paths"].items() for method in item]
 BODIES = [filled_in(path) for path, item in API["paths"].items() if "multipart" in str(item)]
 

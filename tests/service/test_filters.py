@@ -6,11 +6,10 @@ from typing import Any
 import httpx
 import pytest
 
-from service.app import create_app
 from service.settings import Settings
 from tests.service.answers import error_of, json_of
 from tests.service.conftest import Serve
-from tests.service.fakes import FakeEncoder
+from tests.service.fakes import FakeEncoder, created
 from tests.service.pictures import data_uri, png
 
 pytestmark = pytest.mark.anyio
@@ -211,7 +210,7 @@ async def test_a_bad_filter_does_not_delete_in_another_models_collection(serve: 
 
 
 def test_the_description_has_it_everywhere() -> None:
-    paths = create_app(Settings(_env_file=None), encoder=FakeEncoder()).openapi()["paths"]
+    paths = created(Settings(_env_file=None), FakeEncoder()).openapi()["paths"]
     prefix = "/v1/collections/{name}"
     for path, method in (
         ("images", "get"),

@@ -10,10 +10,9 @@ import httpx
 import pytest
 import uvicorn
 
-from service.app import create_app
 from service.ingest import IngestError, ingest
 from service.settings import Settings
-from tests.service.fakes import PATIENCE_S, FakeEncoder
+from tests.service.fakes import PATIENCE_S, FakeEncoder, created
 from tests.service.pictures import encoded, noise, png
 
 REPOSITORY = Path(__file__).parents[2]
@@ -31,7 +30,7 @@ class Service:
                 await super().startup(*args, **kwargs)
                 started.set()
 
-        app = create_app(settings, encoder=encoder)
+        app = created(settings, encoder)
         config = uvicorn.Config(app, port=0, log_config=None, ws="none")
         self._server = Server(config)
         self._thread = threading.Thread(target=self._server.run)
