@@ -1,6 +1,7 @@
 """Processes and their collectives; on one process each of them is the identity."""
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,15 @@ from training.slurm import slurm_task
 from training.tables import ConfigError
 
 _GLOO_PAUSE_S = 0.1
+# What gloo, NCCL and the store of addresses say where the other end is no more.
+_GONE = re.compile(
+    r"(?i)\b(?:connection (?:was likely )?(?:closed|reset)|broken pipe|timed out"
+    r"|remote process exited|communicator was aborted)"
+)
+
+
+class ProcessLost(RuntimeError):
+    """Another process of the run is gone, or does not answer, so that this one cannot go on."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,8 @@ def world(device: str) -> Iterator[World]:
 
     Raises:
         ConfigError: CUDA was asked for and is not there, or has fewer devices than processes;
-            or the launcher's variables make no sense.
+            or the launcher's variables make no sense, or the others are not found by them.
+        ProcessLost: another process was gone when something inside waited for it.
     """
     chosen = choose_device(device)
     own = place()
@@ -100,6 +111,13 @@ def world(device: str) -> Iterator[World]:
     _join(chosen)
     try:
         yield World(dist.get_rank(), dist.get_world_size(), chosen)
+    except RuntimeError as error:
+        if not _GONE.search(str(error)):
+            raise
+        raise ProcessLost(
+            f"rank {own.rank} of {own.size} ends, because another process is gone; what that one "
+            f"or its launcher said tells why ({_reason(error)})"
+        ) from error
     finally:
         # gloo's threads let go of the last collectives' tensors a moment after these have returned,
         # and need the interpreter for it: one that comes too late aborts the process (PyTorch issue
@@ -116,13 +134,25 @@ def _join(device: torch.device) -> None:
     if task is None:
         dist.init_process_group(backend, device_id=bound)
         return
-    dist.init_process_group(
-        backend,
-        init_method=f"tcp://{task.address}:{task.port}",
-        rank=task.rank,
-        world_size=task.size,
-        device_id=bound,
-    )
+    try:
+        dist.init_process_group(
+            backend,
+            init_method=f"tcp://{task.address}:{task.port}",
+            rank=task.rank,
+            world_size=task.size,
+            device_id=bound,
+        )
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise ConfigError(
+            f"rank {task.rank} of {task.size} finds no others at {task.address}:{task.port}, where "
+            "rank 0 listens; MASTER_ADDR and MASTER_PORT set another address and port "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _reason(error: RuntimeError) -> str:
+    """The first sentence of gloo's or NCCL's words, without the place in their code."""
+    return re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0].partition("\n")[0]
 
 
 def _cuda_index(local_rank: int, devices: int) -> int:

@@ -39,6 +39,7 @@ COLUMNS = (
     "memory_mib",
     "eta_s",
 )
+_BAR_EVERY_S = 30.0
 _OWN = ("bad_pictures",)  # what each process counts for itself: the row has the sum
 
 
@@ -87,7 +88,14 @@ class Monitor:
                 _show(alarm, row)
             self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
             self._wandb = wandb
-            self._bar = tqdm(total=stop, initial=start, unit="step", dynamic_ncols=True)
+            self._bar = tqdm(
+                total=stop,
+                initial=start,
+                unit="step",
+                dynamic_ncols=True,
+                # A batch job's output is a file, which would keep every drawing.
+                mininterval=0.1 if sys.stderr.isatty() else _BAR_EVERY_S,
+            )
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -167,6 +175,7 @@ class Monitor:
             entropy=f"{row['teacher_entropy']:.3f}",
             kl=f"{row['kl']:.3f}",
             images_per_s=f"{row['images_per_s']:.1f}",
+            refresh=False,
         )
         self._bar.update(step - self._bar.n)
         for said in _show(self._alarm, row):

@@ -25,7 +25,7 @@ from training.bad_pictures import BadPictures
 from training.collapse import CollapseAlarm
 from training.config import ConfigError, Recipe, load_recipe, recipe_to_dict
 from training.dino import clip_each_gradient, drop_last_layer_gradient, update_teacher
-from training.distributed import World, all_gather_int, place, world
+from training.distributed import ProcessLost, World, all_gather_int, place, world
 from training.dry_run import crop_sheet, describe
 from training.environment import write_environment
 from training.loss import TEACHER_CROPS, DinoLoss, LossTerms
@@ -49,8 +49,9 @@ CPU = torch.device("cpu")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status.
 
-    0 at the end of the run, 2 for a recipe or data that cannot be used, and 128 + the signal's
-    number for a run that was asked to stop and has written its snapshot.
+    0 at the end of the run, 2 for a recipe or data that cannot be used, 1 where another process of
+    the run is gone, and 128 + the signal's number for a run that was asked to stop and has written
+    its snapshot.
     """
     parser = argparse.ArgumentParser(prog="python -m training.pretrain", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -87,6 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, DataError, snapshot.SnapshotError, TrainingDiverged) as error:
         print(f"error: {data.one_line(error)}", file=sys.stderr)
         return 2
+    except ProcessLost as error:
+        again = "the same command goes on from the newest snapshot"
+        print(f"error: {data.one_line(error)}; {again}", file=sys.stderr)
+        return 1
 
 
 def pretrain(recipe: Recipe, here: World) -> int:

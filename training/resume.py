@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from training import snapshot
-from training.distributed import World, all_gather_int, barrier
+from training.distributed import World, all_gather_int
 
 
 def find(run_dir: Path, here: World) -> tuple[int, dict[str, Any]] | None:
@@ -55,7 +55,7 @@ def save(
             goes on to its next snapshot.
 
     Raises:
-        NotWritten: see `must`; on the main process.
+        NotWritten: see `must`; on every process, so that none leaves as if all were well.
     """
     error: snapshot.NotWritten | None = None
     if here.is_main:
@@ -63,8 +63,8 @@ def save(
             snapshot.save(run_dir, step, state, keep=keep)
         except snapshot.NotWritten as problem:
             error = problem
-    barrier()
-    if error is not None and must:
-        raise error
+    failed = any(all_gather_int(int(error is not None), here.device))
+    if failed and must:
+        raise error or snapshot.NotWritten("the first process could not write the last snapshot")
     if error is not None:
         print(f"warning: {error}; training goes on", file=sys.stderr)

@@ -4,6 +4,7 @@ import hashlib
 import os
 import pickle
 import re
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
@@ -75,7 +76,8 @@ def save(run_dir: Path, step: int, state: dict[str, Any], *, keep: int = KEEP) -
             if each not in done:
                 each[1].unlink(missing_ok=True)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the disk that has just failed may fail again: the first tells why
+            temporary.unlink(missing_ok=True)
         raise NotWritten(
             f"snapshot {str(path)!r} could not be written: {error.strerror}; "
             "the snapshots from before still stand"

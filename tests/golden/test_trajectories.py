@@ -79,7 +79,10 @@ def test_recomputed(golden: Golden) -> None:
     compare_run(golden, "adamw", recompute=True)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler's
+@pytest.mark.filterwarnings(  # the compiler's own, of torch 2.11 the second
+    "ignore:The .grad attribute of a Tensor:UserWarning",
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
+)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on the CPU")
 def test_compiled(golden: Golden) -> None:
     compare_run(golden, "adamw", compiled=True)

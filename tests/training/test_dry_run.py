@@ -84,7 +84,8 @@ def measured(of: Recipe) -> int:
     forward(of, training, "cpu").backward()  # what is made once
     training.student.zero_grad()
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    options = {"profile_memory": True, "acc_events": True}  # without the second torch 2.11 warns
+    with torch.profiler.profile(activities=activities, **options) as profile:
         forward(of, training, "cpu").backward()
     results = profile.profiler.kineto_results  # type: ignore[union-attr]
     now = peak = 0
