@@ -104,6 +104,11 @@ class Architecture:
         return self.embed_dim if self.has_attention else _widths(self.name)[1]
 
     @property
+    def depth(self) -> int:
+        """Transformer blocks; 0 for a convolutional network."""
+        return VITS[self.name].depth if self.has_attention else 0
+
+    @property
     def num_heads(self) -> int:
         """The number of attention heads; 0 where there is no attention."""
         return VITS[self.name].num_heads if self.has_attention else 0

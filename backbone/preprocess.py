@@ -14,6 +14,13 @@ from backbone.pictures import Mode
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+Extent = tuple[float, float]
+"""Width and height, from the upper left, that hold a picture which was decoded at a reduced scale.
+
+A reduced pixel stands for several; those of the last column and row perhaps for fewer, and so the
+picture ends inside of them. Views of it are then those of the whole picture.
+"""
+
 _BICUBIC = Image.Resampling.BICUBIC
 
 
@@ -106,39 +113,60 @@ class Preprocess:
                 raise ValueError(f"{field} is {numbers!r}, not a list of numbers")
         return cls(**{**value, "mean": tuple(value["mean"]), "std": tuple(value["std"])})
 
-    def centre_crop(self, picture: Image.Image) -> Tensor:
+    def centre_crop(self, picture: Image.Image, *, extent: Extent | None = None) -> Tensor:
         """The evaluation's view [C, crop, crop]: short side to `resize`, then the centre square."""
-        picture = _without_far_ends(picture)
-        width, height = picture.size
-        scale = self.resize / min(width, height)
-        # The long side is rounded down, as torchvision's Resize does it.
-        size = (
-            self.resize if width <= height else int(self.resize * width / height),
-            self.resize if height <= width else int(self.resize * height / width),
-        )
-        if scale != 1.0:
-            picture = self._channels(picture).resize(size, _BICUBIC)
+        if extent is None:
+            picture = _without_far_ends(picture)
+        size = self.centre_crop_size(*(extent or picture.size))
+        if min(extent or picture.size) != self.resize:
+            picture = self._resized(picture, size, extent)
         left = round((size[0] - self.crop) / 2)
         top = round((size[1] - self.crop) / 2)
         return self.to_tensor(picture.crop((left, top, left + self.crop, top + self.crop)))
 
-    def whole(self, picture: Image.Image, *, short_side: int, multiple: int) -> Tensor:
+    def whole(
+        self,
+        picture: Image.Image,
+        *,
+        short_side: int,
+        multiple: int,
+        extent: Extent | None = None,
+    ) -> Tensor:
         """The picture in its own aspect ratio, [C, H, W], both sides multiples of `multiple`.
 
         The short side becomes the multiple nearest `short_side`, the long one the multiple nearest
         to the same scale; at most 4 times the short one, so that a sliver does not become a giant.
         """
-        width, height = picture.size
+        size = self.whole_size(*(extent or picture.size), short_side=short_side, multiple=multiple)
+        return self.to_tensor(self._resized(picture, size, extent))
+
+    def squash(
+        self, picture: Image.Image, *, multiple: int, extent: Extent | None = None
+    ) -> Tensor:
+        """The copy descriptor's view: the whole picture as a square near `copy_size`, [C, S, S]."""
+        side = self.squash_side(multiple=multiple)
+        return self.to_tensor(self._resized(picture, (side, side), extent))
+
+    def centre_crop_size(self, width: float, height: float) -> tuple[int, int]:
+        """What `centre_crop` scales a picture of this width and height to, before it cuts."""
+        # The long side is rounded down, as torchvision's Resize does it.
+        return (
+            self.resize if width <= height else int(self.resize * width / height),
+            self.resize if height <= width else int(self.resize * height / width),
+        )
+
+    def whole_size(
+        self, width: float, height: float, *, short_side: int, multiple: int
+    ) -> tuple[int, int]:
+        """What `whole` scales a picture of this width and height to."""
         short = max(1, round(short_side / multiple))
         long = max(short, round(short * min(max(width, height) / min(width, height), 4.0)))
         columns, rows = (short, long) if width <= height else (long, short)
-        size = (columns * multiple, rows * multiple)
-        return self.to_tensor(self._channels(picture).resize(size, _BICUBIC))
+        return columns * multiple, rows * multiple
 
-    def squash(self, picture: Image.Image, *, multiple: int) -> Tensor:
-        """The copy descriptor's view: the whole picture as a square near `copy_size`, [C, S, S]."""
-        side = max(1, round(self.copy_size / multiple)) * multiple
-        return self.to_tensor(self._channels(picture).resize((side, side), _BICUBIC))
+    def squash_side(self, *, multiple: int) -> int:
+        """The side of the square that `squash` gives."""
+        return max(1, round(self.copy_size / multiple)) * multiple
 
     def to_tensor(self, picture: Image.Image) -> Tensor:
         """8-bit picture -> normalised float32 [C, H, W]."""
@@ -148,6 +176,12 @@ class Preprocess:
         values -= np.array(self.mean, dtype=np.float32).reshape(-1, 1, 1) * np.float32(255.0)
         values /= np.array(self.std, dtype=np.float32).reshape(-1, 1, 1) * np.float32(255.0)
         return torch.from_numpy(values)
+
+    def _resized(
+        self, picture: Image.Image, size: tuple[int, int], extent: Extent | None
+    ) -> Image.Image:
+        box = (0.0, 0.0, *(extent or picture.size))
+        return self._channels(picture).resize(size, _BICUBIC, box=box)
 
     def _channels(self, picture: Image.Image) -> Image.Image:
         return picture if picture.mode == self.mode else picture.convert(self.mode)

@@ -70,6 +70,7 @@ def load_model(model: str) -> NamedModel:
     Raises:
         ArtifactError: nothing by that name, or a file that cannot be used.
     """
+    check_name(model)
     if model == "default":
         return NamedModel(name="default", artifact=read_artifact(DEFAULT_MODEL))
     if model in DOWNLOADS:
@@ -77,7 +78,14 @@ def load_model(model: str) -> NamedModel:
         artifact = read_checkpoint(path, provenance={"licence": DOWNLOADS[model].licence})
         return NamedModel(name=model, artifact=artifact)
     path = Path(model)
-    if not path.is_file():
+    read = read_artifact if path.suffix == ".safetensors" else read_checkpoint
+    return NamedModel(name=path.stem, artifact=read(path))
+
+
+def check_name(model: str) -> None:
+    """Raises `ArtifactError` for what is neither a known name nor a file; reads nothing."""
+    path = Path(model)
+    if model != "default" and model not in DOWNLOADS and not path.is_file():
         known = ["default", *DOWNLOADS]
         near = difflib.get_close_matches(model, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -86,8 +94,6 @@ def load_model(model: str) -> NamedModel:
         raise ArtifactError(
             f"model {model!r} is neither a file nor one of {', '.join(known)}{hint}"
         )
-    read = read_artifact if path.suffix == ".safetensors" else read_checkpoint
-    return NamedModel(name=path.stem, artifact=read(path))
 
 
 def read_checkpoint(

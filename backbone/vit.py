@@ -322,7 +322,7 @@ class Attention(nn.Module):
         if attention == "none":
             return y, None
         rows = q[:, :, :1] if attention == "cls" else q
-        weights = (rows * self.scale @ k.transpose(-2, -1)).softmax(dim=-1)
+        weights = self.weights(rows, k)
         return y, weights[:, :, 0] if attention == "cls" else weights
 
     def forward_cls(self, x: Tensor, groups: Sequence[Group]) -> Tensor:
@@ -343,6 +343,15 @@ class Attention(nn.Module):
             mixed.append(F.scaled_dot_product_attention(q, k, v).reshape(len(q), d))
         y: Tensor = self.proj(torch.cat(mixed))
         return y
+
+    def queries_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [B, T, D] -> their queries and keys, each [B, A, T, D / A]."""
+        q, k, _ = self._heads(self.qkv(x), 3)
+        return q, k
+
+    def weights(self, q: Tensor, k: Tensor) -> Tensor:
+        """How queries [B, A, R, D / A] attend to keys [B, A, T, D / A]: [B, A, R, T]."""
+        return torch.softmax(q * self.scale @ k.transpose(-2, -1), dim=-1)
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """[B, T, parts * D] -> `parts` tensors [B, A, T, D / A]."""
