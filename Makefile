@@ -16,7 +16,7 @@ serve: .venv/.service
 	$(if $(COLLECTIONS),DINOSCOPE_DATA_DIR="$(COLLECTIONS)") exec $(BIN)/python -m service
 
 test: .venv/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -1,43 +1,57 @@
 """create_app: the one place where the service is put together."""
 
+import asyncio
 import logging
-import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-import anyio.to_thread
-import torch
 from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 from starlette.routing import Match, Mount
 from starlette.types import Scope
 
-from backbone.pretrained import NamedModel, load_model
 from index.collection_set import CollectionSet
-from service.encoder import Encoder, ModelInfo, TorchEncoder, check_device, model_info
+from service.collectors import IndexCollector, ServiceCollector
+from service.disconnects import CancelledOnDisconnect
+from service.door import add_door
 from service.errors import add_error_handlers
-from service.images import Limits, quiet_decoders
-from service.models import Model, Models
-from service.routes import attention, collections, copies, embeddings, health, search, snapshots
+from service.images import quiet_decoders
+from service.lifecycle import End, Gate, Lifecycle, Tell
+from service.loading import find_models
+from service.memory import give_back, trimmer
+from service.metrics import Metrics
+from service.models import Models
+from service.observing import Observed
+from service.routes import (
+    attention,
+    collections,
+    copies,
+    docs,
+    embeddings,
+    health,
+    metrics,
+    search,
+    snapshots,
+)
 from service.services import Services, spaces_of
-from service.settings import Settings
+from service.settings import Settings, load_settings
+from service.tracing import open_tracing
 from service.uploads import Admission, BodyLimit
-from service.vision import Vision
 
 DEFAULT_COLLECTION = "default"
+Find = Callable[[Settings, Metrics], Models]
 _WEB = Path(__file__).parent / "web"
+_TRIM_EVERY_S = 5.0
 _log = logging.getLogger("service")
 
 _DESCRIPTION = """
 Embeddings, self-attention maps, similarity search and copy detection with a DINO backbone.
 
 A picture is sent as a multipart file (field `image`), as a raw `image/*` body, or in JSON as a data
-URI or base64 string. With a multipart or raw picture the options stand in the query string; in JSON
-they are fields beside the picture. Every error has the shape
-`{"error": {"message", "type", "param", "code"}}`.
+URI or base64 string (or its `http(s)` URL, where the operator has switched fetching on). With a
+multipart or raw picture the options stand in the query string; in JSON they are fields beside the
+picture. Every error has the shape `{"error": {"message", "type", "param", "code"}}`.
 
 A `filter` says by their metadata which pictures count, as in
 `{"must": [{"key": "label", "match": {"value": "cat"}}]}`: of its clauses `must`, `should` and
@@ -46,88 +60,71 @@ A `filter` says by their metadata which pictures count, as in
 """
 
 
-def create_app(settings: Settings | None = None, *, models: Models | None = None) -> FastAPI:
+def create_app(
+    settings: Settings | None = None, *, find: Find | None = None, end: End | None = None
+) -> FastAPI:
     """The service as an ASGI application.
 
     Nothing is loaded before the application starts.
 
     Args:
         settings: default: from the environment and `.env`.
-        models: what is served, in place of `find_models(settings)`.
+        find: gives the models, in place of `find_models`.
+        end: ends the process with an exit status. With it the application starts at once and
+            loads behind its open port; without it, it is ready when it has started.
+
+    Raises:
+        KeysError: the file of keys cannot be used.
+        TracingUnavailable: traces are asked for, and the extra is not installed.
     """
-    settings = settings or Settings()
+    settings = settings or load_settings()
+    counted = Metrics()
+    tracing = open_tracing(settings.otlp_endpoint) if settings.otlp_endpoint else None
+    lifecycle = Lifecycle(
+        lambda tell: _start(settings, find or find_models, counted, tell), _stop, end=end
+    )
+    counted.registry.register(ServiceCollector(lifecycle.why_not_ready, lambda: lifecycle.services))
+    counted.registry.register(IndexCollector(lambda: lifecycle.services))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        services = await anyio.to_thread.run_sync(_start, settings, models)
-        app.state.services = services
+        await lifecycle.begin()
+        trim = trimmer()
+        trimming = asyncio.create_task(give_back(trim, every_s=_TRIM_EVERY_S)) if trim else None
         try:
             yield
         finally:
-            await anyio.to_thread.run_sync(_stop, services)
+            if trimming is not None:
+                trimming.cancel()
+            await lifecycle.close()
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
 
     app = FastAPI(
-        title="dinoscope", version="0.1.0", description=_DESCRIPTION.strip(), lifespan=lifespan
+        title="dinoscope",
+        version="0.1.0",
+        description=_DESCRIPTION.strip(),
+        lifespan=lifespan,
+        docs_url=None,  # see service/routes/docs.py
+        redoc_url=None,
     )
+    app.state.lifecycle, app.state.metrics = lifecycle, counted
+    add_error_handlers(app)
+    api = (health, metrics, embeddings, attention, collections, snapshots, search, copies, docs)
+    for routes in api:
+        app.include_router(routes.router)
+    app.mount(docs.VIEWER, StaticFiles(packages=[docs.VIEWER_FILES]))
+    app.router.routes.append(_Page("/", StaticFiles(directory=_WEB, html=True), name="web"))
+    # From the inside outwards.
     app.add_middleware(Admission, max_requests=settings.max_requests)
     app.add_middleware(BodyLimit, max_bytes=settings.max_request_bytes)
-    add_error_handlers(app)
-    for routes in (health, embeddings, attention, collections, snapshots, search, copies):
-        app.include_router(routes.router)
-    app.router.routes.append(_Page("/", StaticFiles(directory=_WEB, html=True), name="web"))
+    app.add_middleware(CancelledOnDisconnect)
+    app.add_middleware(Gate, lifecycle=lifecycle)
+    add_door(app, settings, web=_WEB, others=docs.LOADED)
+    app.add_middleware(
+        Observed, metrics=counted, deadline_s=settings.deadline_seconds, tracing=tracing
+    )
     return app
-
-
-def find_models(settings: Settings) -> Models:
-    """The models that the settings name: each file is looked into, and no network is built yet.
-
-    Raises:
-        ArtifactError: there is no such model, or its file cannot be used.
-        ValueError: the device is not there, or two models have one name.
-    """
-    check_device(settings.device)
-    if settings.torch_threads:
-        torch.set_num_threads(settings.torch_threads)
-    found = []
-    for given in (settings.model, *settings.models):
-        find = partial(_named, given)
-
-        def build(find: Callable[[], NamedModel] = find) -> Encoder:
-            return TorchEncoder(
-                find(), device=settings.device, attention_pixels=settings.attention_pixels
-            )
-
-        found.append(make_model(model_info(find()), build, settings))
-    return Models(found)
-
-
-def make_model(info: ModelInfo, build: Callable[[], Encoder], settings: Settings) -> Model:
-    """A model that is loaded by `build`, and then has a queue of its own."""
-
-    def load() -> Vision:
-        vision = Vision(
-            build(),
-            Limits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels),
-            decode_threads=settings.decode_threads,
-            max_batch=settings.max_batch_size,
-            max_waiting=settings.max_queue,
-        )
-        try:
-            vision.warm_up()
-        except BaseException:
-            vision.close()
-            raise
-        return vision
-
-    return Model(info=info, load=load)
-
-
-def _named(given: str) -> NamedModel:
-    """`MODEL`, or `NAME=MODEL`; a path may hold "=" too."""
-    with_name = re.fullmatch(r"([\w.-]+)=(.+)", given)
-    if with_name is None:
-        return load_model(given)
-    return replace(load_model(with_name[2]), name=with_name[1])
 
 
 class _Page(Mount):
@@ -140,12 +137,15 @@ class _Page(Mount):
         return Match.PARTIAL, child_scope
 
 
-def _start(settings: Settings, models: Models | None) -> Services:
+def _start(settings: Settings, find: Find, metrics: Metrics, tell: Tell) -> Services:
     quiet_decoders()
-    models = models or find_models(settings)
+    tell("loading the model")
+    models = find(settings, metrics)
     try:
         for info in models.infos if settings.load_models == "start" else models.infos[:1]:
+            tell("warming up")
             models.vision(info.name)
+        tell("opening collections")
         opened = CollectionSet(settings.data_dir)
     except BaseException:
         models.close()
@@ -174,5 +174,7 @@ def _make_default(services: Services) -> None:
 
 
 def _stop(services: Services) -> None:
-    services.models.close()
-    services.collections.close()
+    try:
+        services.models.close()
+    finally:
+        services.collections.close()

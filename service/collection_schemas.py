@@ -44,6 +44,7 @@ class CollectionOptions(Options):
         default=None,
         description="the model whose vectors it holds, by its name in /v1/models; null: the first "
         "of these, or the one that it has. It cannot be changed later.",
+        examples=["default"],
     )
     index: IndexOptions | None = Field(
         default=None, description="null: auto for a new collection, else as it is"
@@ -54,7 +55,7 @@ class SpaceAnswer(Answer):
     """The index of one of the vectors that each picture has."""
 
     kind: Kind = Field(description="what answers searches now")
-    dimension: int
+    dimension: int = Field(description="of a vector")
     rows: int = Field(description="vectors in memory, of deleted pictures too until cleared out")
     pending: int = Field(
         description="those of them that the structure lacks yet; they are searched exactly"
@@ -65,26 +66,26 @@ class SpaceAnswer(Answer):
     )
     generation: int = Field(description="how many times the index was saved")
     saved_rows: int = Field(description="vectors in the saved index")
-    memory_bytes: int
+    memory_bytes: int = Field(description="in memory")
 
 
 class IndexAnswer(Answer):
     """What stands of a collection's indexes."""
 
     settings: IndexOptions = Field(description="what is asked for")
-    metric: str
+    metric: str = Field(description="how vectors are compared", examples=["cosine"])
     removed: int = Field(description="deleted pictures that are not yet cleared out")
     is_building: bool = Field(description="whether background work is going on, or waits")
-    disk_bytes: int
-    memory_bytes: int
+    disk_bytes: int = Field(description="of the collection's files")
+    memory_bytes: int = Field(description="in memory")
     spaces: dict[str, SpaceAnswer] = Field(description="cls: for searches; copy: for copies")
 
 
 class CollectionSummary(Answer):
     """One collection."""
 
-    name: str
-    count: int
+    name: str = Field(description="the collection's name", examples=["default"])
+    count: int = Field(description="how many pictures it holds")
     model: str = Field(description="fingerprint of the model whose vectors it holds")
     created_at: float = Field(description="unix time in seconds")
 
@@ -92,20 +93,20 @@ class CollectionSummary(Answer):
 class CollectionAnswer(CollectionSummary):
     """One collection, with its index."""
 
-    index: IndexAnswer
+    index: IndexAnswer = Field(description="what stands of its index")
 
 
 class CollectionList(Answer):
     """Every collection."""
 
-    collections: list[CollectionSummary]
+    collections: list[CollectionSummary] = Field(description="in the order of their names")
 
 
 class SnapshotAnswer(Answer):
     """A collection as it was."""
 
     name: str = Field(description="when it was made, in UTC", examples=["20261122T203100Z"])
-    collection: str
+    collection: str = Field(description="whose copy it is", examples=["default"])
     created_at: float = Field(description="unix time in seconds; what was stored before is in it")
     bytes: int = Field(description="the size of its file")
     count: int = Field(description="how many pictures it holds")
@@ -115,4 +116,4 @@ class SnapshotAnswer(Answer):
 class SnapshotList(Answer):
     """A collection's snapshots, oldest first."""
 
-    snapshots: list[SnapshotAnswer]
+    snapshots: list[SnapshotAnswer] = Field(description="oldest first")

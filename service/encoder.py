@@ -1,21 +1,60 @@
 """An artifact as functions from arrays to arrays; the service's way to the network."""
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
-from backbone.descriptors import copy_descriptor
+from backbone.architectures import Architecture
+from backbone.attention import attention_row, rollout
+from backbone.descriptors import describe
 from backbone.pictures import Mode
+from backbone.preprocess import Extent
 from backbone.pretrained import NamedModel
+from backbone.vit import VisionTransformer
+from service.patch_maps import Point, patch_at
+from service.precision import Precision, in_precision
 
 Array = npt.NDArray[np.float32]
-Task = Literal["cls", "copy", "attention"]
-TASKS: tuple[Task, ...] = ("cls", "copy", "attention")
+Feature = Literal["cls", "last4", "cls+mean", "patches", "copy"]
+FEATURES: tuple[Feature, ...] = get_args(Feature)
+SPARE = 3.0
+"""Pixels a side that a picture decoded at a reduced scale keeps for each pixel of a view.
+
+With 2, embeddings keep a cosine of .9999 to those of the whole picture, but whitened ones, which
+collections hold, fall to .9989; see docs/benchmarks.md.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionTask:
+    """Where one token of the whole picture looks: maps [heads, h, w], or [1, h, w] rolled out.
+
+    Attributes:
+        block: numbered from 0; None: rolled out over all of them.
+        point: whose patch's attention is meant; None: that of CLS.
+    """
+
+    block: int | None
+    point: Point | None = None
+
+    def __str__(self) -> str:
+        return "attention"
+
+
+Task = Feature | Literal["tokens"] | AttentionTask
+"""What the model is to do with a picture; a value that can be a key, whose `str` is a short name.
+
+"cls", "last4", "cls+mean" and "copy" give vectors, "patches" the patch tokens [h, w, D] of the same
+view as "cls", "tokens" those of the whole picture, and an `AttentionTask` maps.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +67,8 @@ class ModelInfo:
         copy_embedding_size: of the copy descriptor.
         input_size, patch_size: in pixels; a convolutional network has no patches.
         heads: of attention; 0 for a convolutional network, which has none.
+        blocks: transformer blocks; 0 for a convolutional network.
+        features: those that the model has, and the length of each; of "patches", of one token.
         picture_mode: what the model sees of a picture: grey ("L"), "RGB" or "RGBA".
     """
 
@@ -39,13 +80,16 @@ class ModelInfo:
     input_size: int
     patch_size: int | None
     heads: int
+    blocks: int
+    features: dict[Feature, int]
     picture_mode: Mode
     licence: str
 
     @property
     def tasks(self) -> tuple[Task, ...]:
-        """What the model can do."""
-        return TASKS if self.heads else tuple(task for task in TASKS if task != "attention")
+        """One of each kind that the model can do, to warm it up."""
+        maps: tuple[Task, ...] = (AttentionTask(block=self.blocks - 1),) if self.heads else ()
+        return "cls", "copy", *maps
 
 
 class Encoder(Protocol):
@@ -53,26 +97,41 @@ class Encoder(Protocol):
 
     info: ModelInfo
 
-    def prepare(self, task: Task, picture: Image.Image) -> Array:
-        """RGB picture, RGBA for a model of those, -> input [C, H, W]; runs in decoding threads."""
+    def prepare(self, task: Task, picture: Image.Image, *, extent: Extent | None = None) -> Array:
+        """RGB picture, RGBA for a model of those, -> input [C, H, W]; runs in decoding threads.
+
+        Args:
+            extent: where a picture that was decoded at a reduced scale ends.
+        """
+
+    def needed(self, task: Task, size: tuple[int, int]) -> tuple[int, int]:
+        """How large (width, height) a picture of `size` must be decoded for `prepare`, at least."""
 
     def run(self, task: Task, inputs: Sequence[Array]) -> list[Array]:
-        """Inputs of one shape -> for each, CLS [D], copy descriptor, or maps [heads, h, w].
+        """Inputs of one shape -> for each what `Task` says, by one forward pass.
 
         Runs in the model's one thread.
         """
+
+    def batch_sizes(self, most: int) -> list[int]:
+        """Those, up to `most`, that must have run once for the first request to be fast."""
 
     def similarity(self, cls: Array) -> Array:
         """CLS embeddings [n, D] of any length -> what collections hold and search, [n, D]."""
 
 
 class TorchEncoder:
-    """The encoder of a loaded model, in float32, in evaluation mode.
+    """The encoder of a loaded model, in evaluation mode.
+
+    On a CUDA device the network is compiled, and batches are filled up to powers of two, so that
+    `warm_up` meets every shape that comes.
 
     Args:
         device: "auto", "cpu" or "cuda".
         attention_pixels: short side of the attention's input; 0 is 480/224 of the model's crop,
             as the original draws it.
+        precision: see `service.precision`.
+        compiled: None: where the device is CUDA.
 
     Raises:
         ValueError: CUDA was asked for and is not there, or the model takes pictures of a number of
@@ -80,40 +139,69 @@ class TorchEncoder:
     """
 
     def __init__(
-        self, model: NamedModel, *, device: str = "auto", attention_pixels: int = 0
+        self,
+        model: NamedModel,
+        *,
+        device: str = "auto",
+        attention_pixels: int = 0,
+        precision: Precision = "fp32",
+        compiled: bool | None = None,
     ) -> None:
-        self.info = model_info(model)
+        self.info = model_info(model, precision)
         self._device = torch.device(check_device(device))
         artifact = model.artifact
-        self._network = artifact.network().to(self._device)
+        network = artifact.network().to(self._device)
+        self._network = in_precision(network, precision, self._device)
+        self._precision = precision
+        self._compiled = self._device.type == "cuda" if compiled is None else compiled
+        if self._compiled:
+            self._network.compile(dynamic=False)
         self._preprocess = artifact.preprocess
         self._whitening = artifact.whitening
         self._patch = artifact.architecture.patch_size
         self._attention_pixels = attention_pixels or round(artifact.preprocess.crop * 480 / 224)
 
-    def prepare(self, task: Task, picture: Image.Image) -> Array:
-        """See `Encoder`: centre crop for CLS, squashed for copies, whole for attention."""
-        if task == "cls":
-            view = self._preprocess.centre_crop(picture)
-        elif task == "copy":
-            view = self._preprocess.squash(picture, multiple=self._patch)
-        else:
+    def prepare(self, task: Task, picture: Image.Image, *, extent: Extent | None = None) -> Array:
+        """See `Encoder`: squashed for copies, whole for maps, else the centre crop."""
+        if task == "copy":
+            view = self._preprocess.squash(picture, multiple=self._patch, extent=extent)
+        elif _is_whole(task):
             view = self._preprocess.whole(
-                picture, short_side=self._attention_pixels, multiple=self._patch
+                picture, short_side=self._attention_pixels, multiple=self._patch, extent=extent
             )
+        else:
+            view = self._preprocess.centre_crop(picture, extent=extent)
         return view.numpy()
+
+    def needed(self, task: Task, size: tuple[int, int]) -> tuple[int, int]:
+        """See `Encoder`: `SPARE` pixels a side for each of the view's own."""
+        if task == "copy":
+            view = (self._preprocess.squash_side(multiple=self._patch),) * 2
+        elif _is_whole(task):
+            view = self._preprocess.whole_size(
+                *size, short_side=self._attention_pixels, multiple=self._patch
+            )
+        else:
+            view = self._preprocess.centre_crop_size(*size)
+        return math.ceil(SPARE * view[0]), math.ceil(SPARE * view[1])
 
     def run(self, task: Task, inputs: Sequence[Array]) -> list[Array]:
         """See `Encoder`."""
-        batch = torch.from_numpy(np.stack(inputs)).to(self._device)
-        with torch.inference_mode():
-            if task == "attention":
-                features = self._network(batch, attention="cls")
-                maps = features.attention[..., 1:].unflatten(-1, features.grid)
-                return list(maps.cpu().numpy())
-            features = self._network(batch)
-            vectors = features.cls if task == "cls" else copy_descriptor(features)
-            return list(vectors.float().cpu().numpy())
+        batch = torch.from_numpy(np.stack(inputs))
+        if self._compiled:
+            batch = F.pad(batch, (0, 0) * 3 + (0, _bucket(len(inputs)) - len(inputs)))
+        autocast = torch.autocast(
+            self._device.type, torch.bfloat16, enabled=self._precision == "bf16"
+        )
+        with torch.inference_mode(), autocast:
+            results = self._results(task, batch.to(self._device)).float().cpu().numpy()
+        return list(results[: len(inputs)])
+
+    def batch_sizes(self, most: int) -> list[int]:
+        """See `Encoder`: every power of two where the network is compiled."""
+        if not self._compiled:
+            return [1]
+        return [1 << i for i in range(_bucket(most).bit_length())]
 
     def similarity(self, cls: Array) -> Array:
         """See `Encoder`: whitened where the model brings a whitening, else as they are."""
@@ -121,9 +209,65 @@ class TorchEncoder:
             return cls
         return self._whitening.apply(torch.from_numpy(cls)).numpy()
 
+    def _results(self, task: Task, batch: Tensor) -> Tensor:
+        if isinstance(task, AttentionTask):
+            return self._attention(task, batch)
+        if task in ("patches", "tokens"):
+            features = self._network(batch)
+            tokens: Tensor = features.patches.unflatten(1, features.grid)
+            return tokens
+        if task == "cls" and isinstance(self._network, VisionTransformer) and not self._compiled:
+            return self._network.forward_cls([batch])  # the last block for CLS alone
+        return describe(self._network, batch, [task])[task]
 
-def model_info(model: NamedModel) -> ModelInfo:
+    def _attention(self, task: AttentionTask, batch: Tensor) -> Tensor:
+        network = self._network
+        if not isinstance(network, VisionTransformer):
+            raise ValueError(f"the model {self.info.name!r} has no attention")
+        grid = (batch.shape[2] // self._patch, batch.shape[3] // self._patch)
+        query = 0  # CLS
+        if task.point is not None:
+            row, column = patch_at(task.point, grid)
+            query = 1 + row * grid[1] + column
+        if task.block is not None:
+            rows = attention_row(network, batch, block=task.block, query=query)
+        else:
+            # One by one: rolling out holds what every block was given.
+            rows = torch.cat([rollout(network, one[None], query=query) for one in batch])[:, None]
+        return rows[..., 1:].reshape(*rows.shape[:2], *grid)
+
+
+def _is_whole(task: Task) -> bool:
+    """Whether it is about the whole picture in its own aspect ratio."""
+    return task == "tokens" or isinstance(task, AttentionTask)
+
+
+def _bucket(count: int) -> int:
+    """The next power of two."""
+    return 1 << (count - 1).bit_length()
+
+
+def _features(architecture: Architecture) -> dict[Feature, int]:
+    vector, token = architecture.embed_dim, architecture.token_dim
+    lengths: dict[Feature, int] = {
+        "cls": vector,
+        "last4": 4 * vector,
+        "cls+mean": vector + token,
+        "patches": token,
+        "copy": vector + token,
+    }
+    return {
+        name: length
+        for name, length in lengths.items()
+        if name != "last4" or architecture.depth >= 4
+    }
+
+
+def model_info(model: NamedModel, precision: Precision = "fp32") -> ModelInfo:
     """What the service says of a model, before its network is built.
+
+    A precision other than fp32 is a part of the fingerprint: its vectors are near those of fp32,
+    and not the same.
 
     Raises:
         ValueError: it takes pictures of a number of channels that files do not hold.
@@ -137,13 +281,15 @@ def model_info(model: NamedModel) -> ModelInfo:
     vit, patch = architecture.has_attention, architecture.patch_size
     return ModelInfo(
         name=model.name,
-        fingerprint=artifact.fingerprint,
+        fingerprint=artifact.fingerprint + ("" if precision == "fp32" else f"-{precision}"),
         architecture=f"{architecture.name}/{patch}" if vit else architecture.name,
         embedding_size=architecture.embed_dim,
         copy_embedding_size=architecture.embed_dim + architecture.token_dim,
         input_size=preprocess.crop,
         patch_size=patch if vit else None,
         heads=architecture.num_heads,
+        blocks=architecture.depth,
+        features=_features(architecture),
         picture_mode=picture_mode,
         licence=str(artifact.provenance.get("licence") or "unknown"),
     )
@@ -165,6 +311,17 @@ def check_device(device: str) -> str:
 def batch_kind(task: Task, prepared: Array) -> Hashable:
     """What must be equal for two inputs to share a forward pass."""
     return task, prepared.shape
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of `run` says that there was no memory, on whatever device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # The CPU's allocator raises a plain RuntimeError.
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in text or "not enough memory" in text or "can't allocate memory" in text
+    )
 
 
 def runner(encoder: Encoder) -> Any:

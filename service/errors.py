@@ -17,9 +17,12 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from index import errors as index_errors
+from service import measurements
 from service.batcher import BatcherClosed, BatchFailed, QueueFull
+from service.deadlines import DeadlineExceeded, WaitedTooLong
 
 _log = logging.getLogger("service")
 
@@ -45,7 +48,7 @@ class RequestError(Exception):
 
 
 class ImageError(RequestError):
-    """A picture that cannot be taken; 400, 413 or 415 as its `status` says."""
+    """A picture that cannot be taken; 400, 413, 415 or 429 as its `status` says."""
 
 
 # First match wins, so that a kind stands before its base.
@@ -68,6 +71,7 @@ _INDEX_STATUS: Mapping[type[index_errors.CollectionError], tuple[int, str]] = Ma
         index_errors.CollectionError: (503, "store_unavailable"),
     }
 )
+_COME_AGAIN = MappingProxyType({"Retry-After": "1"})  # seconds
 # The part of a request that these are about.
 _INDEX_PARAM: Mapping[type[index_errors.CollectionError], str] = MappingProxyType(
     {
@@ -87,11 +91,24 @@ def error_response(
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
     """The one shape of an error; the type follows from the status."""
+    measurements.current().error_code = code
     kind = {404: "not_found_error", 429: "rate_limit_error"}.get(
         status, "invalid_request_error" if status < 500 else "server_error"
     )
     error = {"message": message, "type": kind, "param": param, "code": code}
     return JSONResponse({"error": error}, status_code=status, headers=headers)
+
+
+def busy_response(status: int, message: str, *, code: str, retry_after_s: int = 1) -> JSONResponse:
+    """An error that passes: `Retry-After` says when to come again."""
+    headers = {"Retry-After": str(retry_after_s)}
+    return error_response(status, message, code=code, headers=headers)
+
+
+def internal_error() -> JSONResponse:
+    """The answer to what nobody foresaw."""
+    message = "an error of the service's own; its log tells more"
+    return error_response(500, message, code="internal_error")
 
 
 def _place(location: Sequence[int | str]) -> str:
@@ -100,12 +117,25 @@ def _place(location: Sequence[int | str]) -> str:
     return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts).removeprefix(".")
 
 
+def _methods_at(request: Request) -> list[str]:
+    """Every method of a path: the framework names those of the first route that fits alone."""
+
+    def answers(method: str) -> bool:
+        scope = {**request.scope, "method": method}
+        return any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
+
+    return [m for m in ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT") if answers(m)]
+
+
 def add_error_handlers(app: FastAPI) -> None:
     """Answers every exception, known or not, in the one shape."""
 
     @app.exception_handler(RequestError)
     async def request_error(_: Request, error: RequestError) -> JSONResponse:
-        return error_response(error.status, error.message, code=error.code, param=error.param)
+        headers = {"Retry-After": "1"} if error.status == 429 else None
+        return error_response(
+            error.status, error.message, code=error.code, param=error.param, headers=headers
+        )
 
     @app.exception_handler(index_errors.CollectionError)
     async def collection_error(_: Request, error: index_errors.CollectionError) -> JSONResponse:
@@ -118,17 +148,26 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(QueueFull)
     async def queue_full(_: Request, error: QueueFull) -> JSONResponse:
-        return error_response(
-            429, str(error), code="queue_full", headers={"Retry-After": str(error.retry_after_s)}
+        code = "queue_too_long" if error.reason == "deadline" else "queue_full"
+        return busy_response(429, str(error), code=code, retry_after_s=error.retry_after_s)
+
+    @app.exception_handler(WaitedTooLong)
+    async def waited(_: Request, error: WaitedTooLong) -> JSONResponse:
+        return busy_response(
+            429, str(error), code="queue_timeout", retry_after_s=error.retry_after_s
         )
+
+    @app.exception_handler(DeadlineExceeded)
+    async def too_late(_: Request, error: DeadlineExceeded) -> JSONResponse:
+        return busy_response(503, str(error), code="deadline_exceeded")
 
     @app.exception_handler(BatcherClosed)
     async def closed(_: Request, error: BatcherClosed) -> JSONResponse:
-        return error_response(503, str(error), code="shutting_down")
+        return error_response(503, str(error), code="shutting_down", headers=_COME_AGAIN)
 
     @app.exception_handler(BatchFailed)
     async def batch_failed(_: Request, error: BatchFailed) -> JSONResponse:
-        return error_response(503, str(error), code="model_failed")
+        return busy_response(503, str(error), code="model_failed")
 
     @app.exception_handler(RequestValidationError)
     async def validation(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -147,10 +186,7 @@ def add_error_handlers(app: FastAPI) -> None:
             405: f"{request.method} is not allowed for {request.url.path}",
         }.get(error.status_code, str(error.detail))
         code = codes.get(error.status_code, "http_error")
-        return error_response(error.status_code, message, code=code, headers=error.headers)
-
-    @app.exception_handler(Exception)
-    async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        message = "an error of the service's own; its log tells more"
-        return error_response(500, message, code="internal_error")
+        headers = error.headers
+        if error.status_code == 405 and (methods := _methods_at(request)):
+            headers = {"Allow": ", ".join(methods)}
+        return error_response(error.status_code, message, code=code, headers=headers)

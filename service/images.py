@@ -7,13 +7,21 @@ picture becomes is told in `backbone.pictures`.
 import base64
 import binascii
 import io
+import logging
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from backbone.pictures import FORMATS, Mode, over_white, to_mode
+from backbone.preprocess import Extent
 from service.errors import ImageError
+
+Size = tuple[int, int]
+THUMBNAIL_SIDE = 192  # pixels, of the longer side
+_REDUCTIONS = (8, 4, 2)  # what libjpeg decodes to at less than the whole price
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,23 +32,48 @@ class Limits:
     max_pixels: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Decoded:
+    """A picture, upright, and where it ends where it is at a reduced scale."""
+
+    picture: Image.Image
+    extent: Extent | None
+
+
 def decode(content: bytes, limits: Limits, *, param: str, mode: Mode = "RGB") -> Image.Image:
-    """Encoded bytes -> picture of `mode`, upright.
+    """Encoded bytes -> the whole picture, of `mode`, upright; see `decode_reduced`."""
+    whole = decode_reduced(content, limits, param=param, mode=mode, needed=lambda size: [size])
+    return whole.picture
+
+
+def decode_reduced(
+    content: bytes,
+    limits: Limits,
+    *,
+    param: str,
+    mode: Mode,
+    needed: Callable[[Size], Sequence[Size]],
+) -> Decoded:
+    """Encoded bytes -> picture of `mode`, upright, at 1, 1/2, 1/4 or 1/8 of its sides.
+
+    libjpeg decodes a JPEG at a reduced scale for a fraction of the price; pictures of other formats
+    are averaged after decoding, which makes all that follows cheaper.
 
     Args:
         param: where the picture stood in the request, for the message.
+        needed: (width, height) -> the least (width, height) that each use of the picture wants of
+            it; for a picture on its side, the same on its side.
 
     Raises:
         ImageError: 413 too large, 415 no picture of an allowed format, 400 broken.
     """
-    if len(content) > limits.max_bytes:
-        raise _too_many_bytes(limits, param=param)
+    check_bytes(content, limits, param=param)
     if not content:
         raise ImageError(f"{param} is empty", code="invalid_image", param=param)
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
-            _check_pixels(picture, limits, param)
-            return to_mode(picture, mode)
+        with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+            _check_pixels(opened, limits, param)
+            return _decode(opened, mode, _reduction(opened, needed(opened.size)))
     except ImageError:
         raise
     except UnidentifiedImageError as error:
@@ -61,15 +94,21 @@ def decode(content: bytes, limits: Limits, *, param: str, mode: Mode = "RGB") ->
         ) from error
 
 
+def is_url(text: str) -> bool:
+    """Whether text names a picture elsewhere; `service.fetching` may get it."""
+    return text[:8].lower().startswith(("http://", "https://"))
+
+
 def from_text(text: str, limits: Limits, *, param: str) -> bytes:
     """A data URI or plain base64 -> bytes.
 
     Raises:
         ImageError: text that is neither, or too long.
     """
-    if text[:8].lower().startswith(("http://", "https://")):
+    if is_url(text):
         raise ImageError(
-            f"{param} is a URL, and this service fetches none; send the picture itself",
+            f"{param} is a URL, and this service fetches none: send the picture itself, or have "
+            "its operator set DINOSCOPE_FETCH_URLS=true",
             code="url_fetching_off",
             param=param,
         )
@@ -94,21 +133,74 @@ def from_text(text: str, limits: Limits, *, param: str) -> bytes:
         ) from error
 
 
-def thumbnail(picture: Image.Image, *, side: int = 192) -> bytes:
+def check_bytes(content: bytes, limits: Limits, *, param: str) -> None:
+    """Refuses an encoded picture that is too large.
+
+    Raises:
+        ImageError: 413.
+    """
+    if len(content) > limits.max_bytes:
+        raise _too_many_bytes(limits, param=param)
+
+
+def scaled_down(picture: Image.Image, side: int) -> Image.Image:
+    """The picture over white, at most `side` pixels on its long side, RGB."""
+    small = over_white(picture)
+    return small.resize(scaled_down_size(small.size, side), Image.Resampling.BICUBIC)
+
+
+def scaled_down_size(size: Size, side: int) -> Size:
+    """The size of the same shape with a long side of at most `side` pixels."""
+    scale = min(1.0, side / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def thumbnail(picture: Image.Image, *, side: int = THUMBNAIL_SIDE) -> bytes:
     """A small JPEG of the picture, at most `side` pixels on its long side."""
-    small = over_white(picture).copy()
-    small.thumbnail((side, side), Image.Resampling.BICUBIC)
+    small = scaled_down(picture, side)
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=80)
     return buffer.getvalue()
 
 
 def quiet_decoders() -> None:
-    """Keeps Pillow's notes on odd pictures out of the log.
+    """Keeps Pillow's notes on odd pictures out of the log, where a user's mistake is no error.
 
     For the whole process: Python cannot change the filters for one thread alone.
     """
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def _decode(opened: Image.Image, mode: Mode, reduction: int) -> Decoded:
+    whole = opened.size
+    if reduction > 1 and isinstance(opened, JpegImageFile):
+        opened.draft(None, (whole[0] // reduction, whole[1] // reduction))
+    drafted = opened.size != whole
+    picture = to_mode(opened, mode)
+    if reduction == 1:
+        return Decoded(picture=picture, extent=None)
+    if drafted:
+        aside = (picture.width > picture.height) != (whole[0] > whole[1])
+        width, height = reversed(whole) if aside else whole
+    else:
+        width, height = picture.size
+        picture = picture.reduce(reduction)
+    return Decoded(picture=picture, extent=(width / reduction, height / reduction))
+
+
+def _reduction(opened: Image.Image, needed: Sequence[Size]) -> int:
+    """The largest of 8, 4, 2 and 1 by which a picture may be reduced.
+
+    One that is not upright must have sides that it divides: what the last pixels stand for would
+    come to lie elsewhere.
+    """
+    width, height = opened.size
+    spare = min(min(width / least[0], height / least[1]) for least in needed)
+    possible = [reduction for reduction in _REDUCTIONS if spare >= reduction]
+    if possible and opened.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        possible = [r for r in possible if width % r == 0 and height % r == 0]
+    return max(possible, default=1)
 
 
 def _check_pixels(picture: Image.Image, limits: Limits, param: str) -> None:

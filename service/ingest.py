@@ -2,6 +2,9 @@
 
     python -m service.ingest FOLDER --collection NAME [--url http://127.0.0.1:8000]
 
+A service that asks for a key gets the one in DINOSCOPE_KEY, or of --key, which others on the same
+machine can read while the command runs.
+
 A picture's id is its path below the folder; its metadata tell the file's `name` and, in a nested
 folder, its `label`, the folder that it lies in. Run it again to go on: what is there already, with
 the same content, is not sent. Pictures that the service refuses are listed; the status is then 1.
@@ -11,6 +14,7 @@ import argparse
 import asyncio
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -19,9 +23,11 @@ import httpx
 from tqdm import tqdm
 
 from backbone.pictures import SUFFIXES
+from service.settings import InvalidSettings, load_client_settings
 
 _BUSY = (429, 503)
 _MOST_TRIES = 8
+_KEY = re.compile(r"[!-~]+")
 
 
 class IngestError(Exception):
@@ -35,15 +41,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="searched for pictures, nested folders too")
     parser.add_argument("--collection", default="default", help="made where it does not exist")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the service")
+    parser.add_argument("--key", help="takes the place of DINOSCOPE_KEY")
     parser.add_argument("--parallel", type=int, default=8, help="requests under way at once")
     options = parser.parse_args(arguments)
     if options.parallel < 1:
         parser.error(f"--parallel is {options.parallel}; it must be at least 1")
     try:
+        given = load_client_settings().key
+        key = options.key or (given.get_secret_value() if given else None)
         counts, refused = asyncio.run(
-            ingest(options.folder, options.collection, options.url, parallel=options.parallel)
+            ingest(
+                options.folder,
+                options.collection,
+                options.url,
+                key=key,
+                parallel=options.parallel,
+            )
         )
-    except IngestError as error:
+    except (IngestError, InvalidSettings) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for path, reason in refused:
@@ -53,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 async def ingest(
-    folder: Path, collection: str, url: str, *, parallel: int = 8
+    folder: Path, collection: str, url: str, *, key: str | None = None, parallel: int = 8
 ) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Sends every picture below `folder`; counts by outcome, and (path, reason) of the refused.
 
@@ -69,9 +84,14 @@ async def ingest(
     )
     if not paths:
         raise IngestError(f"{str(folder)!r} holds no picture ({', '.join(sorted(SUFFIXES))})")
+    if key and not _KEY.fullmatch(key):  # httpx would show it in its error
+        raise IngestError("the key must be of visible ASCII characters, without spaces")
     limits = httpx.Limits(max_connections=parallel)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        async with httpx.AsyncClient(base_url=url, timeout=120.0, limits=limits) as client:
+        async with httpx.AsyncClient(
+            base_url=url, timeout=120.0, limits=limits, headers=headers
+        ) as client:
             _check(await client.put(f"/v1/collections/{collection}"))
             known = await _known(client, collection)
             return await _send_all(client, folder, collection, paths, known, parallel)

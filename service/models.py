@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from service.decode_pool import DecodePool
 from service.encoder import ModelInfo
 from service.errors import RequestError
 from service.vision import Vision
@@ -30,12 +31,16 @@ class Model:
 class Models:
     """Looks models up by name and by fingerprint. The first is the default.
 
+    Args:
+        pool: the decoding threads that they share.
+
     Raises:
         ValueError: two models of one name, or one model under two names.
     """
 
-    def __init__(self, models: Sequence[Model]) -> None:
+    def __init__(self, models: Sequence[Model], *, pool: DecodePool) -> None:
         self._models = list(models)
+        self._pool = pool
         self._closed = False
         names = [one.info.name for one in models]
         fingerprints = [one.info.fingerprint for one in models]
@@ -91,12 +96,13 @@ class Models:
             return model.vision
 
     def close(self) -> None:
-        """Finish what waits in each, and take no more."""
+        """Finish what waits in each, and take no more; the threads that decode end too."""
         self._closed = True
         for one in self._models:
             with one.lock:
                 if one.vision is not None:
                     one.vision.close()
+        self._pool.close()
 
     def _find(self, name: str | None) -> Model:
         if name is None:

@@ -1,22 +1,34 @@
-"""What goes over the wire; `service.collection_schemas` has collections and snapshots."""
+"""What goes over the wire.
+
+`service.collection_schemas` has collections and snapshots, `service.model_schemas` embeddings and
+maps.
+"""
 
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from backbone.pictures import Mode
 from index.records import OnDuplicate, Outcome
-from service.heatmaps import Colormap
+from service.encoder import Feature
 
+PICTURE_EXAMPLE = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAgAAAAIAgMAAAC5YVYYAAAADFBMVEVwwI9wcI+gIF"
+    "8gIN91v4zZAAAAIElEQVR42mP8/5GJ4QLDXwdm8WtMAgxMrAxMDA5MDAoAXrcFbvA72HMAAAAASUVORK5CYII="
+)
 Picture = Annotated[
     str,
-    Field(description="a picture as a data URI (data:image/jpeg;base64,...) or as base64"),
+    Field(
+        description="a picture as a data URI (data:image/jpeg;base64,...) or as base64; or its "
+        "http(s) URL, where the operator has switched fetching on",
+        examples=[PICTURE_EXAMPLE],
+    ),
 ]
 Metadata = Annotated[
     dict[str, Any], Field(default_factory=dict, description="any JSON object, given back as it is")
 ]
-_FILTER_EXAMPLE = {
+FILTER_EXAMPLE = {
     "must": [{"key": "label", "match": {"value": "cat"}}],
     "must_not": [{"key": "stars", "range": {"lt": 3}}],
 }
@@ -43,7 +55,7 @@ class FilterText(Options):
     filter: str | None = Field(
         default=None,
         description=f"as JSON: {_FILTER_TOLD}",
-        examples=[json.dumps(_FILTER_EXAMPLE)],
+        examples=[json.dumps(FILTER_EXAMPLE)],
     )
 
 
@@ -57,165 +69,89 @@ class FilterObject(Options):
                 "anyOf": [{"type": "object"}, {"type": "null"}],
                 "default": None,
                 "description": _FILTER_TOLD,
-                "examples": [_FILTER_EXAMPLE],
+                "examples": [FILTER_EXAMPLE],
             }
         ),
     ] = None
 
 
+ErrorType = Literal["invalid_request_error", "not_found_error", "rate_limit_error", "server_error"]
+
+
 class ErrorDetail(Answer):
     """What went wrong."""
 
-    message: str
-    type: str
-    param: str | None
-    code: str
+    message: str = Field(
+        description="for people: the field, the value and the rule",
+        examples=["head is 9; the model has 3, numbered from 0 to 2"],
+    )
+    type: ErrorType = Field(description="the kind of error, as its status has it")
+    param: str | None = Field(
+        description="the field, query parameter or position that was wrong; null where none was",
+        examples=["head", "input[2]"],
+    )
+    code: str = Field(description="for programs: what it was", examples=["invalid_head"])
 
 
 class ErrorAnswer(Answer):
     """The one shape of every error."""
 
-    error: ErrorDetail
-
-
-ModelName = Annotated[
-    str | None,
-    Field(description="the model's name, as in /v1/models; without it the first of these"),
-]
-
-
-class EmbeddingOptions(Options):
-    """How embeddings are given."""
-
-    model: ModelName = None
-    encoding_format: Literal["float", "base64"] | None = Field(
-        default=None, description="float: a list of numbers; base64: little-endian float32"
-    )
-    normalize: bool = Field(default=True, description="scale each embedding to unit length")
-    feature: Literal["cls", "copy"] = Field(
-        default="cls", description="cls: the CLS token; copy: the paper's copy descriptor, raw"
-    )
-    user: str | None = Field(default=None, description="taken for compatibility, not used")
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-class EmbeddingRequest(EmbeddingOptions):
-    """OpenAI's embedding request, with pictures for texts."""
-
-    input: Annotated[
-        list[Picture],
-        BeforeValidator(_as_list, json_schema_input_type=Picture | list[Picture]),
-        Field(description="one picture or a list of them"),
-    ]
-    dimensions: int | None = Field(default=None, description="must be the model's own, if given")
-
-
-class Embedding(Answer):
-    """One picture's embedding."""
-
-    object: Literal["embedding"] = "embedding"
-    index: int
-    embedding: list[float] | str
-
-
-class Usage(Answer):
-    """OpenAI's token counts; pictures have none."""
-
-    prompt_tokens: int = 0
-    total_tokens: int = 0
-
-
-class EmbeddingAnswer(Answer):
-    """OpenAI's embedding answer."""
-
-    object: Literal["list"] = "list"
-    data: list[Embedding]
-    model: str
-    usage: Usage = Usage()
-
-
-class AttentionOptions(Options):
-    """How attention is drawn."""
-
-    model: ModelName = None
-    head: str = Field(
-        default="mean",
-        pattern=r"^(mean|all|[0-9]{1,3})$",
-        coerce_numbers_to_str=True,  # in JSON, a number is a number
-        description="mean over heads, one head by number from 0, or all as a grid",
-    )
-    threshold: float | None = Field(
-        default=None, gt=0.0, le=1.0, description="colour only the patches with this share of mass"
-    )
-    colormap: Colormap = Field(default="viridis", description="colours from weak to strong")
-    overlay: float = Field(
-        default=0.6, ge=0.0, le=1.0, description="strength over the picture; 1 is the map alone"
-    )
-    size: int | None = Field(
-        default=None, ge=16, le=2048, description="long side of each map in pixels; default: own"
-    )
-
-
-class AttentionRequest(AttentionOptions):
-    """One picture and how to draw its attention."""
-
-    image: Picture
-
-
-class AttentionAnswer(Answer):
-    """Raw attention of CLS to each patch: `maps[head][row][column]`."""
-
-    model: str
-    grid: tuple[int, int] = Field(description="rows and columns of patches")
-    heads: list[int | str]
-    maps: list[list[list[float]]]
+    error: ErrorDetail = Field(description="what went wrong")
 
 
 class ModelCard(Answer):
     """One model, in OpenAI's shape with what a picture model adds."""
 
-    id: str
-    object: Literal["model"] = "model"
-    created: int = 0
-    owned_by: str = "dinoscope"
-    architecture: str
-    fingerprint: str
-    embedding_size: int
-    copy_embedding_size: int = Field(description="of feature=copy")
-    input_size: int
-    patch_size: int | None = Field(description="null for a convolutional network")
+    id: str = Field(description="the model's name, for `model` in requests", examples=["default"])
+    object: Literal["model"] = Field(default="model", description="always model")
+    created: int = Field(default=0, description="always 0: kept for OpenAI's shape")
+    owned_by: str = Field(default="dinoscope", description="kept for OpenAI's shape")
+    architecture: str = Field(description="network and patch size", examples=["vit_tiny/8"])
+    fingerprint: str = Field(
+        description="vectors of models with different fingerprints cannot be compared",
+        examples=["d6bd0ef01ba6d1b5"],
+    )
+    embedding_size: int = Field(description="of feature=cls", examples=[192])
+    copy_embedding_size: int = Field(description="of feature=copy", examples=[384])
+    features: dict[Feature, int] = Field(
+        description="the features that the model has, and the length of each; of patches, of one "
+        "patch",
+        examples=[{"cls": 192, "last4": 768, "cls+mean": 384, "patches": 192, "copy": 384}],
+    )
+    input_size: int = Field(description="side of the square that cls is made of, in pixels")
+    patch_size: int | None = Field(description="side in pixels; null for a convolutional network")
+    blocks: int = Field(description="0 for a convolutional network")
     heads: int = Field(description="0 for a convolutional network, which has no attention")
     picture_mode: Mode = Field(description="what it sees of a picture: grey (L), RGB or RGBA")
-    licence: str
+    licence: str = Field(description="of the weights", examples=["Apache-2.0"])
 
 
 class ModelList(Answer):
     """The models that are served."""
 
-    object: Literal["list"] = "list"
-    data: list[ModelCard]
+    object: Literal["list"] = Field(default="list", description="always list")
+    data: list[ModelCard] = Field(description="one for each model")
 
 
 class Deleted(Answer):
     """What was deleted."""
 
-    deleted: str
+    deleted: str = Field(description="its name or id", examples=["cat-1"])
 
 
 class DeletedImages(Answer):
     """How many pictures were deleted."""
 
-    deleted: int
+    deleted: int = Field(description="how many", examples=[12])
 
 
 class NewImage(Options):
     """One picture for a collection."""
 
     image: Picture
-    id: str | None = Field(default=None, description="default: made from the content's hash")
+    id: str | None = Field(
+        default=None, description="default: made from the content's hash", examples=["cat-1"]
+    )
     metadata: Metadata
 
 
@@ -232,57 +168,63 @@ class UploadOptions(Options):
 class NewImages(UploadOptions):
     """Pictures for a collection."""
 
-    images: list[NewImage] = Field(min_length=1)
+    images: list[NewImage] = Field(min_length=1, description="the pictures, one or more")
 
 
 class ImageOptions(UploadOptions):
     """For a raw picture: its id and metadata."""
 
-    id: str | None = Field(default=None, description="default: made from the content's hash")
-    metadata: str | None = Field(default=None, description="a JSON object")
+    id: str | None = Field(
+        default=None, description="default: made from the content's hash", examples=["cat-1"]
+    )
+    metadata: str | None = Field(
+        default=None, description="a JSON object", examples=['{"label": "cat"}']
+    )
 
 
 class Stored(Answer):
     """What happened to one picture of an upload; `error` where it failed."""
 
     id: str | None = Field(description="null where it failed and no id was given")
-    outcome: Outcome | Literal["failed"]
+    outcome: Outcome | Literal["failed"] = Field(description="what happened")
     same_as: str | None = Field(
         default=None,
         description="the picture with the same content that stands in this one's place, where "
         "on_duplicate was skip or update",
     )
-    error: ErrorDetail | None = None
+    error: ErrorDetail | None = Field(default=None, description="why it failed")
 
 
 class StoredImages(Answer):
     """What happened to each picture, in the order of the request; durable when this is sent."""
 
-    images: list[Stored]
+    images: list[Stored] = Field(description="one for each picture")
 
 
 class ImageRecord(Answer):
     """One picture of a collection."""
 
-    id: str
-    metadata: dict[str, Any]
-    content_hash: str | None
-    created_at: float
-    updated_at: float
+    id: str = Field(description="unique in its collection", examples=["cat-1"])
+    metadata: dict[str, Any] = Field(
+        description="as it was given", examples=[{"label": "cat", "stars": 5}]
+    )
+    content_hash: str | None = Field(description="SHA-256 of the picture's bytes; null: unknown")
+    created_at: float = Field(description="unix time in seconds")
+    updated_at: float = Field(description="unix time in seconds")
 
 
 class PageOptions(FilterText):
     """Which part of a listing."""
 
     cursor: str | None = Field(default=None, description="next_cursor of the page before")
-    limit: int = Field(default=100, ge=1, le=1000)
+    limit: int = Field(default=100, ge=1, le=1000, description="most pictures in the answer")
 
 
 class ImagePage(Answer):
     """A part of a listing, in a stable order."""
 
-    images: list[ImageRecord]
-    next_cursor: str | None
+    images: list[ImageRecord] = Field(description="the pictures' records")
+    next_cursor: str | None = Field(description="for the next page; null on the last")
 
 
 class SearchTerms(Options):
@@ -299,30 +241,37 @@ class SearchOptions(SearchTerms, FilterText):
 class SearchRequest(SearchTerms, FilterObject):
     """A search by one of: a picture, the id of one in the collection, a vector."""
 
-    image: Picture | None = None
-    id: str | None = None
-    vector: list[float] | None = None
+    image: Picture | None = Field(default=None, description="a picture")
+    id: str | None = Field(
+        default=None, description="of a picture in the collection", examples=["cat-1"]
+    )
+    vector: list[float] | None = Field(
+        default=None, description="a CLS embedding of the model, of any length but zero"
+    )
 
 
 class SearchMatch(Answer):
     """One match; `score` is the cosine."""
 
-    id: str
-    score: float
-    metadata: dict[str, Any]
+    id: str = Field(description="of the picture in the collection", examples=["cat-1"])
+    score: float = Field(description="the cosine", examples=[0.87])
+    metadata: dict[str, Any] = Field(description="of the picture", examples=[{"label": "cat"}])
 
 
 class SearchAnswer(Answer):
     """Matches, best first."""
 
-    matches: list[SearchMatch]
+    matches: list[SearchMatch] = Field(description="best first")
 
 
 class ClassifyTerms(Options):
     """The k-NN vote."""
 
     label: str | None = Field(
-        default=None, min_length=1, description="the metadata key whose value is voted on; needed"
+        default=None,
+        min_length=1,
+        description="the metadata key whose value is voted on; needed",
+        examples=["label"],
     )
     k: int = Field(default=20, ge=1, le=1000, description="neighbours that vote")
     temperature: float = Field(default=0.07, gt=0.0, description="weight is exp(score / this)")
@@ -341,15 +290,15 @@ class ClassifyRequest(ClassifyTerms, FilterObject):
 class LabelProbability(Answer):
     """A label's share of the votes."""
 
-    label: Any
-    probability: float
+    label: Any = Field(description="a value of the metadata key", examples=["cat"])
+    probability: float = Field(description="its share of the votes", examples=[0.8])
 
 
 class ClassifyAnswer(Answer):
     """Labels by falling share of the votes, and who voted."""
 
-    labels: list[LabelProbability]
-    neighbours: list[SearchMatch]
+    labels: list[LabelProbability] = Field(description="most likely first")
+    neighbours: list[SearchMatch] = Field(description="those that were asked, nearest first")
 
 
 class CopyTerms(Options):
@@ -371,22 +320,28 @@ class CopyRequest(CopyTerms, FilterObject):
 class CopyMatch(Answer):
     """A candidate; no verdict while the collection is not calibrated."""
 
-    id: str
+    id: str = Field(description="of the picture in the collection", examples=["cat-1"])
     score: float = Field(description="cosine of the copy descriptors")
-    normalized_score: float | None = None
-    is_copy: bool | None = None
+    normalized_score: float | None = Field(
+        default=None, description="null while the collection is not calibrated"
+    )
+    is_copy: bool | None = Field(
+        default=None, description="null while the collection is not calibrated"
+    )
 
 
 class CopyAnswer(Answer):
     """Candidates, best first."""
 
-    calibrated: bool = False
-    threshold: float | None = None
-    matches: list[CopyMatch]
+    calibrated: bool = Field(default=False, description="whether there is a verdict")
+    threshold: float | None = Field(
+        default=None, description="of normalized_score; null while not calibrated"
+    )
+    matches: list[CopyMatch] = Field(description="best first")
 
 
 class Health(Answer):
     """Alive or ready, and why not."""
 
-    status: Literal["ok", "unavailable"]
-    reasons: list[str] = []
+    status: Literal["ok", "unavailable"] = Field(description="unavailable: not ready")
+    reasons: list[str] = Field(default=[], description="what is wrong, for people")

@@ -1,5 +1,6 @@
 """What the routes work with: put together once, in `service.app`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, cast
 
@@ -26,6 +27,11 @@ class Services:
     async def vision(self, model: str | None) -> Vision:
         """A served model, the default without a name; see `Models.vision`."""
         return await anyio.to_thread.run_sync(self.models.vision, model)
+
+    @property
+    def visions(self) -> Sequence[Vision]:
+        """Every model that is loaded; each has threads of its own to look after."""
+        return self.models.loaded
 
     async def open(self, name: str) -> tuple[Collection, Vision]:
         """A collection, and the model that its vectors are of.
@@ -64,8 +70,8 @@ def spaces_of(info: ModelInfo) -> dict[str, int]:
 
 
 def get_services(request: Request) -> Services:
-    """The services of the application that a request came to."""
-    return cast(Services, request.app.state.services)
+    """The services of the application that a request came to; it comes when they are there."""
+    return cast(Services, request.app.state.lifecycle.services)
 
 
 Served = Annotated[Services, Depends(get_services)]

@@ -1,11 +1,13 @@
 """How pictures come in a request: multipart, a raw body, or JSON; and the limit on its size."""
 
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import anyio
 import anyio.to_thread
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
@@ -15,9 +17,14 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from index.errors import InvalidFilter
-from service.errors import RequestError, error_response
+from service import measurements
+from service.deadlines import retry_after
+from service.errors import RequestError, busy_response, error_response
 from service.vision import EncodedPicture
 
+_SHARE_OF_DEADLINE = 0.6  # that may be spent behind others: the rate is a mean, and it changes
+_READ_AWAY_BYTES = 2**20  # of a body whose request is refused
+_READ_AWAY_S = 1.0
 _QUICKLY_PARSED = 2**16  # bytes of JSON that the event loop may parse itself
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -70,31 +77,61 @@ class BodyLimit:
 class Admission:
     """ASGI middleware that bounds the requests with a body that are under way at once.
 
-    What they hold (bodies, decoded pictures) is thereby bounded too; more are answered 429.
+    What they hold (bodies, decoded pictures) is thereby bounded too; more are answered 429. So are
+    those that would miss their deadline at the rate at which requests get through now: to let them
+    in would cost the others their time.
     """
 
     def __init__(self, app: ASGIApp, *, max_requests: int) -> None:
         self._app = app
         self._max_requests = max_requests
         self._under_way = 0
+        self._interval_s = 0.0  # between requests that get through, as a running mean
+        self._last_through = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lets GET and its like pass: they carry no pictures."""
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        if self._under_way >= self._max_requests:
-            message = f"{self._max_requests} requests are under way, which is the most; try again"
-            response = error_response(
-                429, message, code="too_many_requests", headers={"Retry-After": "1"}
-            )
+        refused = self._why_not()
+        if refused is not None:
+            wait_s = retry_after(self._under_way * self._interval_s)
+            response = busy_response(429, refused, code="too_many_requests", retry_after_s=wait_s)
+            await _read_away(receive)
             await response(scope, receive, send)
             return
+        if not self._under_way:
+            self._last_through = time.monotonic()  # nobody was there to get through before
         self._under_way += 1
         try:
             await self._app(scope, receive, send)
         finally:
             self._under_way -= 1
+            if measurements.current().error_code is None:
+                now = time.monotonic()
+                self._interval_s += 0.1 * (now - self._last_through - self._interval_s)
+                self._last_through = now
+
+    def _why_not(self) -> str | None:
+        """Why one more request cannot be let in; None where it can."""
+        if self._under_way >= self._max_requests:
+            return f"{self._max_requests} requests are under way, which is the most; try again"
+        limit_s, wait_s = measurements.current().deadline_s, self._under_way * self._interval_s
+        if limit_s is not None and wait_s > _SHARE_OF_DEADLINE * limit_s:
+            return f"{self._under_way} requests are under way, about {wait_s:.1f} s; try again"
+        return None
+
+
+async def _read_away(receive: Receive) -> None:
+    """Reads a small body that nobody wants: a connection closed on it would lose the answer."""
+    left = _READ_AWAY_BYTES
+    with anyio.move_on_after(_READ_AWAY_S):
+        while left > 0:
+            message = await receive()
+            if not message.get("more_body"):
+                return
+            left -= len(message.get("body", b""))
 
 
 def is_json(request: Request) -> bool:

@@ -2,19 +2,34 @@
 
 import asyncio
 import hashlib
-from collections.abc import Coroutine, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from PIL import Image
 
-from backbone.pictures import Mode, over_white
-from service import heatmaps, images
+from backbone.pictures import Mode
+from service import images, measurements
 from service.batcher import Batcher
-from service.encoder import Array, Encoder, ModelInfo, Task, batch_kind, runner
+from service.decode_pool import DecodePool
+from service.encoder import (
+    Array,
+    Encoder,
+    ModelInfo,
+    Task,
+    batch_kind,
+    is_out_of_memory,
+    runner,
+)
+from service.errors import ImageError
+from service.fetching import Fetcher
+from service.metrics import Metrics
+from service.sharing import Flights, ResultCache
 
 T = TypeVar("T")
+
+_QUICKLY_HASHED = 2**17  # bytes that the event loop may hash itself: a fraction of a millisecond
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,28 +44,52 @@ class EncodedPicture:
     content: bytes | str
     param: str
 
-    def read(self, limits: images.Limits) -> bytes:
-        """The content as bytes; raises `ImageError` for text that is no picture's."""
-        if isinstance(self.content, bytes):
-            return self.content
-        return images.from_text(self.content, limits, param=self.param)
+    def read(self, limits: images.Limits) -> "ReadPicture":
+        """The content as bytes; raises `ImageError` for too many, and for text that is none."""
+        content = self.content
+        if isinstance(content, str):
+            content = images.from_text(content, limits, param=self.param)
+        images.check_bytes(content, limits, param=self.param)
+        return ReadPicture(
+            content=content, content_hash=hashlib.sha256(content).hexdigest(), param=self.param
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadPicture:
+    """A picture's bytes, the SHA-256 of all of them, and its place in the request."""
+
+    content: bytes
+    content_hash: str
+    param: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A picture that was decoded: its inputs to the model, and what is kept of it."""
+    """A picture that was decoded: its inputs to the model, and what is kept of it.
+
+    Attributes:
+        thumbnail: a small JPEG, where it was asked for.
+        background: the picture at the size asked for, RGB, for maps to be drawn over.
+    """
 
     inputs: dict[Task, Array]
     content_hash: str
     thumbnail: bytes | None
+    background: Image.Image | None
 
 
 class Vision:
     """Joins the decoding threads and the model's thread behind asynchronous calls.
 
+    Equal pictures (by the SHA-256 of their content) that are under way are decoded and computed
+    once, and results are kept in the cache.
+
     Args:
-        decode_threads: pictures decoded side by side (Pillow lets go of the interpreter's lock).
-        max_batch, max_waiting: of the model's queue; see `Batcher`.
+        pool, cache, fetcher: may be shared with other models; whoever made them closes them.
+            Without a fetcher pictures that come as URLs are refused.
+        max_batch, max_waiting, max_waiting_bytes: of the model's queue; see `Batcher`.
+        metrics: where what happens is counted.
     """
 
     def __init__(
@@ -58,16 +97,31 @@ class Vision:
         encoder: Encoder,
         limits: images.Limits,
         *,
-        decode_threads: int,
+        pool: DecodePool,
+        cache: ResultCache,
         max_batch: int,
         max_waiting: int,
+        max_waiting_bytes: int,
+        metrics: Metrics,
+        fetcher: Fetcher | None = None,
     ) -> None:
         self._encoder = encoder
         self.limits = limits
-        self._pool = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
-        self._batcher = Batcher[Array, Array](
-            runner(encoder), max_batch=max_batch, max_waiting=max_waiting
+        self._pool = pool
+        self.cache = cache
+        self._max_batch = max_batch
+        self._fetcher = fetcher
+        self.batcher = Batcher[Array, Array](
+            runner(encoder),
+            max_batch=max_batch,
+            max_waiting=max_waiting,
+            max_waiting_bytes=max_waiting_bytes,
+            size_of=lambda prepared: prepared.nbytes,
+            is_out_of_memory=is_out_of_memory,
+            observer=metrics.of_model(encoder.info.name),
         )
+        self._preparing = Flights[Hashable, Prepared]()
+        self._running = Flights[Hashable, Array]()
 
     @property
     def info(self) -> ModelInfo:
@@ -75,105 +129,235 @@ class Vision:
         return self._encoder.info
 
     @property
-    def alive(self) -> bool:
-        """Whether the model's thread takes work."""
-        return self._batcher.alive
+    def dead(self) -> str | None:
+        """Which thread has ended before its time; None where all live."""
+        if not self.batcher.alive:
+            return f"the thread of the model {self.info.name!r} has ended"
+        return None if self._pool.alive else "a thread that decodes pictures has ended"
+
+    @property
+    def joined(self) -> int:
+        """Results that were taken from a computation under way for another, since the start."""
+        return self._running.joined
 
     async def encode(self, task: Task, pictures: Sequence[EncodedPicture]) -> list[Array]:
-        """The result of `task` for each picture, in order.
+        """The result of `task` for each picture, in order; not to be written to.
 
         Raises:
             ImageError: the first picture that cannot be taken.
-            QueueFull, BatchFailed, BatcherClosed: see `Batcher.submit`.
+            QueueFull, BatchFailed, BatcherClosed, WaitedTooLong, DeadlineExceeded: see
+                `DecodePool.run` and `Batcher.submit`.
         """
-        work = (self.prepare(p, (task,)) for p in pictures)
-        prepared: list[Prepared] = []
-        for result in await asyncio.gather(*work, return_exceptions=True):
-            if isinstance(result, BaseException):
-                raise result
-            prepared.append(result)
-        return await self.run(task, [p.inputs[task] for p in prepared])
+        found = await _first_error_of(
+            [self._kept_or_prepared(task, picture) for picture in pictures]
+        )
+        prepared = [one for one in found if isinstance(one, Prepared)]
+        computed = iter(await self._run(task, prepared) if prepared else [])
+        return [next(computed) if isinstance(one, Prepared) else one for one in found]
 
     def similarity(self, cls: Array) -> Array:
         """CLS embeddings [n, D] -> the vectors that collections hold; see `Encoder`."""
         return self._encoder.similarity(cls)
 
     async def attention(
-        self, picture: EncodedPicture, *, largest: int
+        self, picture: EncodedPicture, task: Task, *, largest: int
     ) -> tuple[Array, Image.Image]:
-        """The maps [heads, h, w] of CLS's attention in the last block, and the picture itself.
+        """The result of a `task` about the whole picture, and the picture itself.
 
         The picture is scaled down to `largest` pixels on its long side before it waits for the
         model, so that a full queue does not hold photographs at full size.
         """
-
-        def work() -> tuple[Array, Image.Image]:
-            decoded = self._decode(picture.read(self.limits), picture.param)
-            prepared = self._encoder.prepare("attention", decoded)
-            decoded = over_white(decoded)
-            decoded.thumbnail((largest, largest), Image.Resampling.BICUBIC)
-            return prepared, decoded
-
-        loop = asyncio.get_running_loop()
-        prepared, decoded = await loop.run_in_executor(self._pool, work)
-        return (await self.run("attention", [prepared]))[0], decoded
+        prepared = await self.prepare(picture, (task,), background_side=largest)
+        (maps,) = await self.run(task, [prepared])
+        assert prepared.background is not None
+        return maps, prepared.background
 
     async def prepare(
-        self, picture: EncodedPicture, tasks: Sequence[Task], *, keep_thumbnail: bool = False
+        self,
+        picture: EncodedPicture,
+        tasks: Sequence[Task],
+        *,
+        keep_thumbnail: bool = False,
+        background_side: int | None = None,
     ) -> Prepared:
         """Decodes a picture once, in a decoding thread, for several tasks.
 
+        Args:
+            background_side: long side in pixels, at most, of `Prepared.background`.
+
         Raises:
             ImageError: a picture that cannot be taken.
+            QueueFull: see `DecodePool.run`.
         """
+        wanted = _Wanted(tuple(tasks), keep_thumbnail, background_side)
+        return await self._prepare(await self._read(picture), wanted)
 
-        def work() -> Prepared:
-            content = picture.read(self.limits)
-            decoded = self._decode(content, picture.param)
-            return Prepared(
-                inputs={task: self._encoder.prepare(task, decoded) for task in tasks},
-                content_hash=hashlib.sha256(content).hexdigest(),
-                thumbnail=images.thumbnail(decoded) if keep_thumbnail else None,
+    async def run(self, task: Task, prepared: Sequence[Prepared]) -> list[Array]:
+        """The results of pictures prepared for `task`, in order; not to be written to.
+
+        What is not kept is computed: inputs of one shape share forward passes with other requests'.
+        """
+        for one in prepared:
+            self.cache.get(self._key(task, one.content_hash))
+        return await self._run(task, prepared)
+
+    async def render(self, work: Callable[[], T]) -> T:
+        """Draws or writes an answer in a decoding thread."""
+        return await self._pool.run(work)
+
+    def warm_up(self) -> None:
+        """Runs each task, so that the first request finds everything loaded."""
+        for task in self.info.tasks:
+            prepared = self._encoder.prepare(task, _grey())
+            for size in self._encoder.batch_sizes(self._max_batch):
+                self._encoder.run(task, [prepared] * size)
+
+    async def probe(self) -> None:
+        """Sends a grey picture through the model, as a request would; raises what it would."""
+        await self._submit("cls", [self._encoder.prepare("cls", _grey())])
+
+    def close(self) -> None:
+        """Finishes what waits for the model, then ends its thread."""
+        self.batcher.close()
+
+    async def _kept_or_prepared(self, task: Task, picture: EncodedPicture) -> Array | Prepared:
+        read = await self._read(picture)
+        measurements.current().model = self.info.name
+        kept = self.cache.get(self._key(task, read.content_hash))
+        return kept if kept is not None else await self._prepare(read, _Wanted((task,)))
+
+    async def _read(self, picture: EncodedPicture) -> ReadPicture:
+        async with self._fetched(picture) as present:
+            if len(present.content) <= _QUICKLY_HASHED:
+                return present.read(self.limits)
+            return await self._pool.run(
+                lambda: present.read(self.limits), held_bytes=len(present.content)
             )
 
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+    @asynccontextmanager
+    async def _fetched(self, picture: EncodedPicture) -> AsyncIterator[EncodedPicture]:
+        """The picture with its content where it came as a URL; to be read inside the block."""
+        text = picture.content
+        if self._fetcher is None or not isinstance(text, str) or not images.is_url(text):
+            yield picture
+            return
+        async with self._fetcher.fetched(text, param=picture.param) as content:
+            yield replace(picture, content=content)
 
-    async def run(self, task: Task, inputs: Sequence[Array]) -> list[Array]:
-        """Runs prepared inputs; those of one shape share forward passes with other requests'."""
+    async def _prepare(self, read: ReadPicture, wanted: "_Wanted") -> Prepared:
+        async def work(_: Sequence[int]) -> list[Prepared]:
+            return [await self._decode(read, wanted)]
+
+        try:
+            (prepared,) = await self._preparing.share([(read.content_hash, wanted)], work)
+        except ImageError as error:
+            if error.param == read.param:
+                raise
+            # Another request's error names a place in that request.
+            return await self._decode(read, wanted)
+        return prepared
+
+    async def _decode(self, read: ReadPicture, wanted: "_Wanted") -> Prepared:
+        encoder = self._encoder
+
+        def needed(size: images.Size) -> list[images.Size]:
+            measurements.current().add_picture(*size, len(read.content))
+            sizes = [encoder.needed(task, size) for task in wanted.tasks]
+            if wanted.thumbnail:
+                sizes.append(images.scaled_down_size(size, images.THUMBNAIL_SIDE))
+            if wanted.background_side is not None:
+                sizes.append(images.scaled_down_size(size, wanted.background_side))
+            return sizes
+
+        def work() -> Prepared:
+            # In colour for a model of grey too: thumbnails and maps show the picture as it is.
+            mode: Mode = "RGBA" if encoder.info.picture_mode == "RGBA" else "RGB"
+            decoded = images.decode_reduced(
+                read.content, self.limits, param=read.param, mode=mode, needed=needed
+            )
+            picture, extent = decoded.picture, decoded.extent
+            side = wanted.background_side
+            return Prepared(
+                inputs={t: encoder.prepare(t, picture, extent=extent) for t in wanted.tasks},
+                content_hash=read.content_hash,
+                thumbnail=images.thumbnail(picture) if wanted.thumbnail else None,
+                background=None if side is None else images.scaled_down(picture, side),
+            )
+
+        return await self._pool.run(work, held_bytes=len(read.content))
+
+    async def _run(self, task: Task, prepared: Sequence[Prepared]) -> list[Array]:
+        measurements.current().model = self.info.name
+        keys = [self._key(task, one.content_hash) for one in prepared]
+        kept = [self.cache.peek(key) for key in keys]
+        missing = [i for i, result in enumerate(kept) if result is None]
+        if not missing:
+            return [result for result in kept if result is not None]
+
+        async def work(chosen: Sequence[int]) -> list[Array]:
+            results = await self._submit(task, [prepared[missing[i]].inputs[task] for i in chosen])
+            for i, result in zip(chosen, results, strict=True):
+                self.cache.put(keys[missing[i]], result)
+            return results
+
+        computed = iter(await self._running.share([keys[i] for i in missing], work))
+        return [next(computed) if result is None else result for result in kept]
+
+    async def _submit(self, task: Task, inputs: Sequence[Array]) -> list[Array]:
+        request = measurements.current()
         kinds: dict[object, list[int]] = {}
         for i, prepared in enumerate(inputs):
             kinds.setdefault(batch_kind(task, prepared), []).append(i)
-        results: list[Array] = [inputs[0]] * len(inputs) if inputs else []
+        if len(kinds) == 1:
+            return await self.batcher.submit(next(iter(kinds)), inputs, deadline=request.deadline)
+        results: list[Array] = [inputs[0]] * len(inputs)
         parts = await all_or_none(
-            self._batcher.submit(kind, [inputs[i] for i in at]) for kind, at in kinds.items()
+            self.batcher.submit(kind, [inputs[i] for i in at], deadline=request.deadline)
+            for kind, at in kinds.items()
         )
         for at, part in zip(kinds.values(), parts, strict=True):
             for i, result in zip(at, part, strict=True):
                 results[i] = result
         return results
 
-    def render(
-        self, maps: Array, picture: Image.Image, style: heatmaps.Style
-    ) -> asyncio.Future[bytes]:
-        """Draws maps in a decoding thread."""
-        loop = asyncio.get_running_loop()
-        return loop.run_in_executor(self._pool, heatmaps.draw, maps, picture, style)
+    def _key(self, task: Task, content_hash: str) -> Hashable:
+        return self.info.fingerprint, task, content_hash
 
-    def warm_up(self) -> None:
-        """Runs each task once, so that the first request finds everything loaded."""
-        grey = Image.new("RGB", (64, 48), (128, 128, 128))
-        for task in self.info.tasks:
-            self._encoder.run(task, [self._encoder.prepare(task, grey)])
 
-    def _decode(self, content: bytes, param: str) -> Image.Image:
-        # In colour for a model of grey too: thumbnails and maps show the picture as it is.
-        mode: Mode = "RGBA" if self.info.picture_mode == "RGBA" else "RGB"
-        return images.decode(content, self.limits, param=param, mode=mode)
+def _grey() -> Image.Image:
+    return Image.new("RGB", (64, 48), (128, 128, 128))
 
-    def close(self) -> None:
-        """Finishes what waits, then ends the threads."""
-        self._batcher.close()
-        self._pool.shutdown()
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What a picture is decoded for."""
+
+    tasks: tuple[Task, ...]
+    thumbnail: bool = False
+    background_side: int | None = None
+
+
+async def _first_error_of(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all, in order.
+
+    Raises:
+        ImageError: of the first picture, in order, that has one.
+        Exception: any other error, as soon as it shows; the rest is cancelled.
+    """
+    if len(work) == 1:
+        return [await work[0]]
+
+    async def bad_picture_apart(one: Coroutine[Any, Any, T]) -> T | ImageError:
+        try:
+            return await one
+        except ImageError as error:
+            return error
+
+    found = await all_or_none(bad_picture_apart(one) for one in work)
+    for one in found:
+        if isinstance(one, ImageError):
+            raise one
+    return [one for one in found if not isinstance(one, ImageError)]
 
 
 async def all_or_none(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -1,92 +1,189 @@
-"""POST /v1/attention: where the CLS token looks, as a picture or as numbers."""
+"""POST /v1/attention: maps of a picture's patches, as a picture or as numbers."""
 
 from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
+from PIL import Image
 
-from service import uploads
-from service.encoder import Array, ModelInfo
+from service import heatmaps, patch_maps, uploads
+from service.encoder import Array, AttentionTask, ModelInfo, Task
 from service.errors import RequestError
-from service.heatmaps import Style
-from service.routes.openapi import ERRORS, picture_body
-from service.schemas import AttentionAnswer, AttentionOptions, AttentionRequest
+from service.model_schemas import AttentionAnswer, AttentionOptions, AttentionRequest
+from service.routes.embeddings import npy
+from service.routes.negotiation import NPY, preferred
+from service.routes.openapi import PICTURE_ERRORS, binary, picture_body
+from service.schemas import PICTURE_EXAMPLE
 from service.services import Served
 from service.vision import EncodedPicture
 
 router = APIRouter(tags=["attention"])
 
 _LARGEST_DEFAULT = 1024
-_PNG: dict[int | str, dict[str, Any]] = {
-    200: {
-        "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
-        "description": "A PNG; with `Accept: application/json` the raw maps.",
-        "model": AttentionAnswer,
-    }
+_JSON = "application/json"
+_KINDS = {"png": "image/png", "webp": "image/webp", "json": _JSON, "npy": NPY[0]}
+_OFFERED = ("image/png", "image/webp", _JSON, *NPY)
+_MEANINGLESS = {
+    "view=pca": ("head", "block", "point", "rollout", "threshold", "colormap"),
+    "view=similarity": ("head", "block", "rollout", "threshold"),
+    "rollout": ("head", "block"),
 }
 
 
 @router.post(
     "/v1/attention",
-    summary="A picture's self-attention",
+    summary="A picture's self-attention, and other maps of its patches",
     response_class=Response,
-    responses={**ERRORS, **_PNG},
-    openapi_extra=picture_body(AttentionRequest),
+    responses={
+        **PICTURE_ERRORS,
+        200: {
+            "model": AttentionAnswer,
+            "description": "The map over the picture; or the numbers, as JSON or as a .npy file of "
+            "float32 [maps, rows, columns].",
+            "content": {kind: binary("a picture") for kind in _OFFERED[:2]}
+            | {kind: binary("a .npy file") for kind in NPY},
+        },
+    },
+    openapi_extra=picture_body(
+        AttentionRequest,
+        examples={
+            "mean": {"image": PICTURE_EXAMPLE},
+            "heads": {"image": PICTURE_EXAMPLE, "head": "all", "block": -1, "threshold": 0.6},
+            "likeness": {"image": PICTURE_EXAMPLE, "view": "similarity", "point": "0.5,0.5"},
+        },
+    ),
 )
 async def attention(
     request: Request, services: Served, query: Annotated[AttentionOptions, Query()]
 ) -> Response:
-    """The CLS row of the last block's attention, over the picture in its own aspect ratio."""
+    """One picture, seen whole and in its own aspect ratio; drawn over it, or as numbers."""
     options = query
     if uploads.is_json(request):
         body = await uploads.read_json(request, AttentionRequest)
         options, picture = body, EncodedPicture(content=body.image, param="image")
     else:
         picture = await uploads.read_one(request)
+    _check_together(options)
     info = services.models.info(options.model)
-    _check_attention(info)
-    _check_head(options.head, info.heads)
-    vision = await services.vision(info.name)
-    maps, decoded = await vision.attention(picture, largest=options.size or _LARGEST_DEFAULT)
-    chosen, names = _choose(maps, options.head)
-    if "application/json" in request.headers.get("accept", ""):
-        answer = AttentionAnswer(
-            model=info.name,
-            grid=(maps.shape[1], maps.shape[2]),
-            heads=names,
-            maps=chosen.tolist(),
-        )
-        return Response(answer.model_dump_json(), media_type="application/json")
-    style = Style(
-        colormap=options.colormap,
-        overlay=options.overlay,
-        threshold=options.threshold,
-        size=options.size or max(decoded.size),
+    task = _task(options, info)
+    kind = _KINDS.get(options.format or "") or preferred(
+        request.headers.get("accept", ""), _OFFERED
     )
-    return Response(await vision.render(chosen, decoded, style), media_type="image/png")
+    vision = await services.vision(info.name)
+    found, decoded = await vision.attention(picture, task, largest=options.size or _LARGEST_DEFAULT)
+
+    def write() -> bytes:
+        maps, names = _maps(found, options)
+        if kind == _JSON:
+            return _as_json(maps, names, options, task, info)
+        if kind in NPY:
+            return npy(maps)
+        return _drawn(maps, names, decoded, options, kind)
+
+    return Response(await vision.render(write), media_type=kind)
 
 
-def _choose(maps: Array, head: str) -> tuple[Array, list[int | str]]:
-    if head == "mean":
-        return maps.mean(axis=0, keepdims=True, dtype=np.float32), ["mean"]
-    if head == "all":
-        return maps, list(range(len(maps)))
-    return maps[int(head)][None], [int(head)]
+def _task(options: AttentionOptions, info: ModelInfo) -> Task:
+    """What is asked of the model.
 
-
-def _check_attention(info: ModelInfo) -> None:
-    if "attention" not in info.tasks:
+    Raises:
+        RequestError: attention of a convolutional network, or a head or block that is not there.
+    """
+    if options.view != "attention":
+        return "tokens"
+    if not info.heads:
         raise RequestError(
             f"the model {info.name!r} ({info.architecture}) is a convolutional network, which has "
-            "no attention; serve a ViT for this",
+            "no attention; serve a ViT for this, or ask for view=pca or view=similarity",
             code="attention_unavailable",
         )
-
-
-def _check_head(head: str, heads: int) -> None:
-    if head.isdigit() and int(head) >= heads:
+    if options.head.isdigit() and int(options.head) >= info.heads:
         raise RequestError(
-            f"head is {head}; the model has {heads}, numbered from 0 to {heads - 1}",
+            f"head is {options.head}; the model has {info.heads}, numbered from 0 to "
+            f"{info.heads - 1}",
             code="invalid_head",
             param="head",
         )
+    block = -1 if options.block is None else options.block
+    if not -info.blocks <= block < info.blocks:
+        raise RequestError(
+            f"block is {block}; the model has {info.blocks}, numbered from 0 to {info.blocks - 1}, "
+            f"or from -1 (the last) to {-info.blocks}",
+            code="invalid_block",
+            param="block",
+        )
+    return AttentionTask(block=None if options.rollout else block % info.blocks, point=options.at)
+
+
+def _check_together(options: AttentionOptions) -> None:
+    attention = options.view == "attention"
+    chosen = "rollout" if attention and options.rollout else f"view={options.view}"
+    defaults = AttentionOptions()
+    for name in _MEANINGLESS.get(chosen, ()):
+        value = getattr(options, name)
+        if value != getattr(defaults, name):
+            raise RequestError(
+                f"{name} is {value!r}, which means nothing with {chosen}; leave one of them out",
+                code="incompatible_options",
+                param=name,
+            )
+    if options.view == "similarity" and options.point is None:
+        raise RequestError(
+            "point is missing: view=similarity compares all patches to the one at point=x,y",
+            code="missing_point",
+            param="point",
+        )
+
+
+def _maps(found: Array, options: AttentionOptions) -> tuple[Array, list[int | str]]:
+    """The maps [n, rows, columns] that were asked for, and what each of them is."""
+    if options.view == "pca":
+        return patch_maps.principal_components(found), [0, 1, 2]
+    if options.view == "similarity":
+        return patch_maps.similarity(found, options.at or (0.5, 0.5)), ["similarity"]
+    if options.rollout:
+        return found, ["rollout"]
+    if options.head == "mean":
+        return found.mean(axis=0, keepdims=True, dtype=np.float32), ["mean"]
+    if options.head == "max":
+        return found.max(axis=0, keepdims=True), ["max"]
+    if options.head == "all":
+        return found, list(range(len(found)))
+    return found[int(options.head)][None], [int(options.head)]
+
+
+def _as_json(
+    maps: Array, names: list[int | str], options: AttentionOptions, task: Task, info: ModelInfo
+) -> bytes:
+    numbers: Any = maps.tolist()
+    answer = AttentionAnswer(
+        model=info.name,
+        view=options.view,
+        grid=list(maps.shape[1:]),
+        block=task.block if isinstance(task, AttentionTask) else None,
+        heads=names,
+        maps=numbers,
+    )
+    return answer.model_dump_json().encode()
+
+
+def _drawn(
+    maps: Array,
+    names: list[int | str],
+    picture: Image.Image,
+    options: AttentionOptions,
+    kind: str,
+) -> bytes:
+    style = heatmaps.Style(
+        colormap=options.colormap,
+        overlay=options.overlay,
+        threshold=options.threshold,
+        size=options.size or max(picture.size),
+        format="webp" if kind == "image/webp" else "png",
+    )
+    if options.view == "pca":
+        return heatmaps.draw_components(maps, picture, style)
+    if options.view == "similarity":
+        maps = heatmaps.stretched(maps)
+    labels = [str(name) for name in names] if options.head == "all" else []
+    return heatmaps.draw(maps, picture, style, labels=labels)

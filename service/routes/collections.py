@@ -32,8 +32,16 @@ from service.collection_schemas import (
 )
 from service.encoder import Task
 from service.errors import ImageError, RequestError
-from service.routes.openapi import ERRORS, json_body, picture_body
+from service.routes.openapi import (
+    ERRORS,
+    CollectionName,
+    ImageId,
+    binary,
+    json_body,
+    picture_body,
+)
 from service.schemas import (
+    PICTURE_EXAMPLE,
     Deleted,
     DeletedImages,
     ErrorDetail,
@@ -69,10 +77,12 @@ def list_collections(services: Served) -> CollectionList:
     summary="Make a collection, or choose its index",
     status_code=201,
     responses={200: {"model": CollectionAnswer, "description": "It was there already."}},
-    openapi_extra=json_body(CollectionOptions),
+    openapi_extra=json_body(
+        CollectionOptions, examples={"graph": {"index": {"kind": "hnsw", "target_recall": 0.98}}}
+    ),
 )
 async def make_collection(
-    name: str, request: Request, services: Served, response: Response
+    name: CollectionName, request: Request, services: Served, response: Response
 ) -> CollectionAnswer:
     """201 when it was made, 200 when it was there already.
 
@@ -107,13 +117,13 @@ async def make_collection(
 
 
 @router.get("/{name}", summary="One collection")
-def get_collection(name: str, services: Served) -> CollectionAnswer:
+def get_collection(name: CollectionName, services: Served) -> CollectionAnswer:
     """How many pictures it holds, of which model, and what stands of its index."""
     return collection_answer(services.collections.get(name))
 
 
 @router.delete("/{name}", summary="Delete a collection")
-def delete_collection(name: str, services: Served) -> Deleted:
+def delete_collection(name: CollectionName, services: Served) -> Deleted:
     """Everything in it is gone for good."""
     services.collections.delete(name)
     return Deleted(deleted=name)
@@ -123,11 +133,26 @@ def delete_collection(name: str, services: Served) -> Deleted:
     "/{name}/images",
     summary="Add or replace pictures",
     openapi_extra=picture_body(
-        NewImages, fields={"id": {"type": "string"}, "metadata": {"type": "string"}}
+        NewImages,
+        examples={
+            "one": {
+                "images": [{"image": PICTURE_EXAMPLE, "id": "cat-1", "metadata": {"label": "cat"}}]
+            }
+        },
+        fields={
+            "id": {"type": "string", "description": "of the picture in its place; repeatable"},
+            "metadata": {
+                "type": "string",
+                "description": "of the picture in its place, a JSON object; repeatable",
+            },
+        },
     ),
 )
 async def add_images(
-    name: str, request: Request, services: Served, query: Annotated[ImageOptions, Query()]
+    name: CollectionName,
+    request: Request,
+    services: Served,
+    query: Annotated[ImageOptions, Query()],
 ) -> StoredImages:
     """Durable when the answer comes. A bad picture fails alone, unless it is the only one."""
     collection, vision = await services.open(name)
@@ -148,8 +173,13 @@ async def add_images(
     )
 
 
-@router.get("/{name}/images", summary="The pictures of a collection, page by page")
-def list_images(name: str, services: Served, query: Annotated[PageOptions, Query()]) -> ImagePage:
+@router.get(
+    "/{name}/images",
+    summary="The pictures of a collection, page by page",
+)
+def list_images(
+    name: CollectionName, services: Served, query: Annotated[PageOptions, Query()]
+) -> ImagePage:
     """In the order of their first insertion."""
     page = services.collections.get(name).scroll(
         cursor=query.cursor, limit=query.limit, filter=uploads.parse_filter(query.filter)
@@ -159,7 +189,7 @@ def list_images(name: str, services: Served, query: Annotated[PageOptions, Query
 
 @router.delete("/{name}/images", summary="Delete the pictures that pass a filter")
 def delete_images(
-    name: str, services: Served, query: Annotated[FilterText, Query()]
+    name: CollectionName, services: Served, query: Annotated[FilterText, Query()]
 ) -> DeletedImages:
     """All of them or none, durable when the answer comes. A filter with a condition is needed."""
     collection = services.collections.get(name)
@@ -172,13 +202,13 @@ def delete_images(
 
 
 @router.get("/{name}/images/{id:path}", summary="One picture's record")
-def get_image(name: str, id: str, services: Served) -> ImageRecord:  # noqa: A002
+def get_image(name: CollectionName, id: ImageId, services: Served) -> ImageRecord:  # noqa: A002
     """Its metadata and the hash of its content."""
     return _record(services.collections.get(name).get(id))
 
 
 @router.delete("/{name}/images/{id:path}", summary="Delete one picture")
-def delete_image(name: str, id: str, services: Served) -> Deleted:  # noqa: A002
+def delete_image(name: CollectionName, id: ImageId, services: Served) -> Deleted:  # noqa: A002
     """Durable when the answer comes."""
     if not services.collections.get(name).delete([id]):
         raise RecordNotFound(f"collection {name!r} has no record {id!r}")
@@ -189,9 +219,11 @@ def delete_image(name: str, id: str, services: Served) -> Deleted:  # noqa: A002
     "/{name}/thumbnails/{id:path}",
     summary="One picture's thumbnail",
     response_class=Response,
-    responses={200: {"content": {"image/jpeg": {}}}},
+    responses={
+        200: {"content": {"image/jpeg": binary("a JPEG")}, "description": "A small JPEG."},
+    },
 )
-def get_thumbnail(name: str, id: str, services: Served) -> Response:  # noqa: A002
+def get_thumbnail(name: CollectionName, id: ImageId, services: Served) -> Response:  # noqa: A002
     """A small JPEG, made when the picture was added."""
     return Response(services.collections.get(name).thumbnail(id), media_type="image/jpeg")
 
@@ -334,9 +366,7 @@ async def _store(
     if not new:
         return []
     tasks: tuple[Task, ...] = ("cls", "copy")
-    cls, copy = await all_or_none(
-        vision.run(task, [one.prepared.inputs[task] for one in new]) for task in tasks
-    )
+    cls, copy = await all_or_none(vision.run(task, [one.prepared for one in new]) for task in tasks)
     similar = vision.similarity(np.stack(cls))
     records = [
         NewRecord(

@@ -7,17 +7,31 @@ from fastapi import APIRouter, Query, Request
 
 from index.collection import Match
 from service import uploads
-from service.routes.openapi import ERRORS, picture_body
-from service.schemas import CopyAnswer, CopyMatch, CopyOptions, CopyRequest, CopyTerms
+from service.measurements import timed
+from service.routes.openapi import ERRORS, CollectionName, picture_body
+from service.schemas import (
+    PICTURE_EXAMPLE,
+    CopyAnswer,
+    CopyMatch,
+    CopyOptions,
+    CopyRequest,
+    CopyTerms,
+)
 from service.services import Served
 from service.vision import EncodedPicture
 
 router = APIRouter(prefix="/v1/collections/{name}", tags=["copies"], responses=ERRORS)
 
 
-@router.post("/copies", summary="Candidates for copies", openapi_extra=picture_body(CopyRequest))
+@router.post(
+    "/copies",
+    summary="Candidates for copies",
+    openapi_extra=picture_body(
+        CopyRequest, examples={"picture": {"image": PICTURE_EXAMPLE, "k": 5}}
+    ),
+)
 async def copies(
-    name: str, request: Request, services: Served, query: Annotated[CopyOptions, Query()]
+    name: CollectionName, request: Request, services: Served, query: Annotated[CopyOptions, Query()]
 ) -> CopyAnswer:
     """Raw scores, no verdict: a threshold means nothing before the collection is calibrated."""
     collection, vision = await services.open(name)
@@ -34,5 +48,6 @@ async def copies(
     def find() -> list[Match]:
         return collection.search(vector, k=options.k, space="copy", filter=chosen)
 
-    matches = await anyio.to_thread.run_sync(find)
+    with timed("search"):
+        matches = await anyio.to_thread.run_sync(find)
     return CopyAnswer(matches=[CopyMatch(id=m.id, score=m.score) for m in matches])

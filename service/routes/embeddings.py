@@ -1,67 +1,128 @@
 """POST /v1/embeddings: OpenAI's JSON with pictures for texts, or pictures as a form or raw."""
 
 import base64
+import io
+from collections.abc import Sequence
 from typing import Annotated
 
+import anyio.to_thread
 import numpy as np
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query, Request, Response
 
 from service import uploads
-from service.encoder import Array
+from service.encoder import Array, ModelInfo
 from service.errors import RequestError
-from service.routes.openapi import ERRORS, picture_body
-from service.schemas import Embedding, EmbeddingAnswer, EmbeddingOptions, EmbeddingRequest
-from service.services import Served, spaces_of
+from service.model_schemas import Embedding, EmbeddingAnswer, EmbeddingOptions, EmbeddingRequest
+from service.routes.negotiation import NPY, preferred
+from service.routes.openapi import PICTURE_ERRORS, binary, picture_body
+from service.schemas import PICTURE_EXAMPLE
+from service.services import Served
 
 router = APIRouter(tags=["embeddings"])
+
+_JSON = "application/json"
+_QUICKLY_WRITTEN = 2**13  # numbers that the event loop may write itself
 
 
 @router.post(
     "/v1/embeddings",
     summary="Pictures to vectors",
-    responses=ERRORS,
-    openapi_extra=picture_body(EmbeddingRequest),
+    response_model=EmbeddingAnswer,
+    responses={
+        **PICTURE_ERRORS,
+        200: {
+            "description": "JSON; or one float32 array as a .npy file, where `Accept` asks for it: "
+            "[pictures, length], of patches [pictures, rows, columns, length].",
+            "content": {kind: binary("a .npy file") for kind in NPY},
+        },
+    },
+    openapi_extra=picture_body(
+        EmbeddingRequest,
+        examples={
+            "one": {"input": PICTURE_EXAMPLE},
+            "several": {"input": [PICTURE_EXAMPLE, PICTURE_EXAMPLE], "feature": "last4"},
+        },
+    ),
 )
 async def embed(
     request: Request, services: Served, query: Annotated[EmbeddingOptions, Query()]
-) -> EmbeddingAnswer:
+) -> Response:
     """One embedding for each picture, in order; all or none."""
     most = services.settings.max_request_images
-    options, dimensions = query, None
+    options = query
     if uploads.is_json(request):
         body = await uploads.read_json(request, EmbeddingRequest)
         pictures = uploads.pictures_of(body.input, max_pictures=most, param="input")
-        options, dimensions = body, body.dimensions
+        options = body
     else:
         upload = await uploads.read_upload(request, max_pictures=most)
         pictures = upload.pictures
     info = services.models.info(options.model)
-    _check_dimensions(dimensions, spaces_of(info)[options.feature])
+    kind = preferred(request.headers.get("accept", ""), (_JSON, *NPY))
+    _check(options, info, kind)
     vision = await services.vision(info.name)
     vectors = await vision.encode(options.feature, pictures)
-    as_base64 = options.encoding_format == "base64"
-    return EmbeddingAnswer(
+
+    def write() -> bytes:
+        return _answer(vectors, options, info.name, kind)
+
+    quick = len(vectors) * vectors[0].size <= _QUICKLY_WRITTEN
+    return Response(write() if quick else await anyio.to_thread.run_sync(write), media_type=kind)
+
+
+def npy(values: Array) -> bytes:
+    """An array as the bytes of a .npy file, little-endian float32, without pickle."""
+    buffer = io.BytesIO()
+    np.save(buffer, values.astype("<f4"), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _answer(vectors: Sequence[Array], options: EmbeddingOptions, model: str, kind: str) -> bytes:
+    values = np.stack(vectors)
+    if options.normalize:
+        values = values / np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), 1e-12)
+    if kind != _JSON:
+        return npy(values)
+    answer = EmbeddingAnswer(
         data=[
-            Embedding(index=i, embedding=_encoded(vector, options.normalize, as_base64))
-            for i, vector in enumerate(vectors)
+            Embedding(index=i, embedding=_encoded(value, options.encoding_format == "base64"))
+            for i, value in enumerate(values)
         ],
-        model=info.name,
+        model=model,
+        grid=list(values.shape[1:3]) if options.feature == "patches" else None,
     )
+    return answer.model_dump_json(exclude_none=True).encode()
 
 
-def _encoded(vector: Array, normalize: bool, as_base64: bool) -> list[float] | str:
-    if normalize:
-        vector = vector / max(float(np.linalg.norm(vector)), 1e-12)
+def _encoded(value: Array, as_base64: bool) -> list[float] | list[list[list[float]]] | str:
     if as_base64:
-        return base64.b64encode(vector.astype("<f4").tobytes()).decode()
-    return [float(x) for x in vector]
+        return base64.b64encode(value.astype("<f4").tobytes()).decode()
+    numbers: list[float] | list[list[list[float]]] = value.tolist()
+    return numbers
 
 
-def _check_dimensions(asked: int | None, known: int) -> None:
-    if asked not in (None, known):
+def _check(options: EmbeddingOptions, info: ModelInfo, kind: str) -> None:
+    """Refuses what the model does not have, and what cannot go together."""
+    if options.feature not in info.features:
         raise RequestError(
-            f"dimensions is {asked}, but the model's embeddings have {known} and cannot be cut: "
-            "DINO was not trained for shorter ones",
+            f"feature is {options.feature!r}, which the model {info.name!r} ({info.architecture}) "
+            f"does not have: it is a convolutional network, without a transformer's blocks; it has "
+            f"{', '.join(info.features)}",
+            code="feature_unavailable",
+            param="feature",
+        )
+    length = info.features[options.feature]
+    if options.dimensions not in (None, length):
+        raise RequestError(
+            f"dimensions is {options.dimensions}, but feature={options.feature} of the model has "
+            f"{length} and cannot be cut: DINO was not trained for shorter embeddings",
             code="invalid_dimensions",
             param="dimensions",
+        )
+    if kind != _JSON and options.encoding_format is not None:
+        raise RequestError(
+            f"encoding_format is {options.encoding_format!r}, but the header Accept asks for "
+            f"{kind}, which is a .npy file; leave one of them out",
+            code="incompatible_options",
+            param="encoding_format",
         )

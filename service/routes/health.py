@@ -2,8 +2,9 @@
 
 from dataclasses import asdict
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
+from service.lifecycle import Lifecycle
 from service.schemas import Health, ModelCard, ModelList
 from service.services import Served
 
@@ -22,17 +23,21 @@ async def healthz() -> Health:
     summary="Ready?",
     responses={503: {"model": Health, "description": "Not ready; the reasons are listed."}},
 )
-async def readyz(services: Served, response: Response) -> Health:
-    """200 when the model takes pictures, else 503.
+async def readyz(request: Request, response: Response) -> Health:
+    """200 when the model takes pictures, else 503: it loads, or failed on several batches in a row.
 
     Damaged collections are listed, but leave the service ready: the others work.
     """
-    reasons = [str(error) for error in list(services.collections.damaged.values())]
-    ready = all(vision.alive for vision in services.models.loaded)
-    if not ready:
-        reasons.append("a model's thread has ended; restart the service")
+    lifecycle: Lifecycle = request.app.state.lifecycle
+    reasons = lifecycle.why_not_ready()
+    if reasons:
         response.status_code = 503
-    return Health(status="ok" if ready else "unavailable", reasons=reasons)
+        response.headers["Retry-After"] = "1"
+    damaged = {} if lifecycle.services is None else lifecycle.services.collections.damaged
+    return Health(
+        status="unavailable" if reasons else "ok",
+        reasons=[*reasons, *(str(error) for error in list(damaged.values()))],
+    )
 
 
 @router.get("/v1/models", tags=["models"], summary="The models that are served")

@@ -1,48 +1,100 @@
-"""What the API's description says of bodies that may be JSON, a form or a raw picture."""
+"""What the API's description says of parameters, errors, and bodies of several kinds."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
+from fastapi import Path
 from pydantic import BaseModel
 
 from service.schemas import ErrorAnswer
 
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer, "description": description}
-    for status, description in {
-        400: "A picture, a vector, a filter or a field that cannot be used; the message names it.",
-        404: "No such model, collection, snapshot or picture.",
-        409: "The collection was made with another model, or the snapshot is damaged.",
-        413: "A picture or the request is too large.",
-        415: "Not a picture, or not of an allowed format.",
-        422: "A parameter that is unknown, or not of its kind; the message names it.",
-        429: "The queue is full; `Retry-After` says when to come again.",
-        503: "The model or the store failed, or the service is stopping.",
-        507: "The disk is full; nothing of the write was kept.",
-    }.items()
+CollectionName = Annotated[str, Path(description="the collection's name", examples=["default"])]
+ImageId = Annotated[
+    str, Path(description="the picture's id; slashes stand as they are", examples=["cat-1"])
+]
+SnapshotName = Annotated[
+    str, Path(description="the snapshot's name", examples=["20261122T203100Z"])
+]
+
+Responses = dict[int | str, dict[str, Any]]
+
+_TOLD = {
+    400: "A picture, a vector, a filter or a field that cannot be used; the message names it.",
+    404: "No such model, collection, snapshot or picture.",
+    409: "The collection was made with another model, or the snapshot is damaged.",
+    413: "A picture or the request is too large.",
+    415: "Not a picture, or not of an allowed format.",
+    422: "A parameter that is unknown, or not of its kind; the message names it.",
+    429: "The queue is full; `Retry-After` says when to come again.",
+    503: "The model or the store failed, or the service is stopping.",
+    507: "The disk is full; nothing of the write was kept.",
+}
+_WAIT = {
+    "Retry-After": {
+        "description": "seconds to wait before the next try",
+        "schema": {"type": "integer", "minimum": 1},
+    }
 }
 
 
-def picture_body(model: type[BaseModel], *, fields: dict[str, Any] | None = None) -> dict[str, Any]:
-    """`openapi_extra` for a route that takes `model` as JSON, or pictures as a form or raw."""
-    form = {"image": {"type": "string", "format": "binary"}, **(fields or {})}
+ERRORS: Responses = {
+    status: {
+        "model": ErrorAnswer,
+        "description": told,
+        **({"headers": _WAIT} if status in (429, 503) else {}),
+    }
+    for status, told in _TOLD.items()
+}
+"""Of a route that works with a collection."""
+
+PICTURE_ERRORS: Responses = {
+    status: told for status, told in ERRORS.items() if status not in (409, 507)
+}
+"""Of a route that is given pictures, and works with the model alone."""
+
+
+def binary(description: str) -> dict[str, Any]:
+    """The content of a media type that is not text."""
+    return {"schema": {"type": "string", "format": "binary", "description": description}}
+
+
+def picture_body(
+    model: type[BaseModel],
+    *,
+    examples: Mapping[str, Any],
+    fields: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """`openapi_extra` for a route that takes `model` as JSON, or pictures as a form or raw.
+
+    Args:
+        examples: JSON bodies by name.
+        fields: of the form, beside `image`.
+    """
+    image = {"type": "string", "format": "binary", "description": "a picture's file; repeatable"}
+    form = {"image": image, **(fields or {})}
     return {
         "requestBody": {
             "required": True,
+            "description": "The picture in JSON, as a form's file, or raw.",
             "content": {
                 "multipart/form-data": {
                     "schema": {"type": "object", "properties": form, "required": ["image"]}
                 },
-                "image/*": {"schema": {"type": "string", "format": "binary"}},
-                "application/json": {"schema": _schema(model)},
+                "image/*": binary("a picture's file"),
+                "application/json": {"schema": _schema(model), "examples": _named(examples)},
             },
         }
     }
 
 
-def json_body(model: type[BaseModel]) -> dict[str, Any]:
+def json_body(model: type[BaseModel], *, examples: Mapping[str, Any]) -> dict[str, Any]:
     """`openapi_extra` for a route that may be given `model` as JSON."""
-    content = {"application/json": {"schema": _schema(model)}}
+    content = {"application/json": {"schema": _schema(model), "examples": _named(examples)}}
     return {"requestBody": {"required": False, "content": content}}
+
+
+def _named(examples: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: {"value": value} for name, value in examples.items()}
 
 
 def _schema(model: type[BaseModel]) -> Any:

@@ -13,8 +13,11 @@ from index.collection import Collection, Match
 from service import uploads
 from service.encoder import Array
 from service.errors import RequestError
-from service.routes.openapi import ERRORS, picture_body
+from service.measurements import timed
+from service.routes.openapi import ERRORS, CollectionName, picture_body
 from service.schemas import (
+    FILTER_EXAMPLE,
+    PICTURE_EXAMPLE,
     ClassifyAnswer,
     ClassifyOptions,
     ClassifyRequest,
@@ -32,9 +35,22 @@ from service.vision import EncodedPicture, Vision
 router = APIRouter(prefix="/v1/collections/{name}", tags=["search"], responses=ERRORS)
 
 
-@router.post("/search", summary="The nearest pictures", openapi_extra=picture_body(SearchRequest))
+@router.post(
+    "/search",
+    summary="The nearest pictures",
+    openapi_extra=picture_body(
+        SearchRequest,
+        examples={
+            "picture": {"image": PICTURE_EXAMPLE, "k": 5},
+            "id": {"id": "cat-1", "filter": FILTER_EXAMPLE, "min_score": 0.5},
+        },
+    ),
+)
 async def search(
-    name: str, request: Request, services: Served, query: Annotated[SearchOptions, Query()]
+    name: CollectionName,
+    request: Request,
+    services: Served,
+    query: Annotated[SearchOptions, Query()],
 ) -> SearchAnswer:
     """By a picture, by the id of one in the collection (itself left out), or by a vector."""
     collection, vision = await services.open(name)
@@ -54,14 +70,23 @@ async def search(
             vector, k=options.k, filter=chosen, min_score=options.min_score, exclude=exclude
         )
 
-    return SearchAnswer(matches=to_matches(await anyio.to_thread.run_sync(find)))
+    with timed("search"):
+        matches = await anyio.to_thread.run_sync(find)
+    return SearchAnswer(matches=to_matches(matches))
 
 
 @router.post(
-    "/classify", summary="The k-NN vote over a label", openapi_extra=picture_body(ClassifyRequest)
+    "/classify",
+    summary="The k-NN vote over a label",
+    openapi_extra=picture_body(
+        ClassifyRequest, examples={"vote": {"image": PICTURE_EXAMPLE, "label": "label", "k": 20}}
+    ),
 )
 async def classify(
-    name: str, request: Request, services: Served, query: Annotated[ClassifyOptions, Query()]
+    name: CollectionName,
+    request: Request,
+    services: Served,
+    query: Annotated[ClassifyOptions, Query()],
 ) -> ClassifyAnswer:
     """Each of the k nearest votes for its label with weight exp(score / temperature)."""
     collection, vision = await services.open(name)
@@ -85,7 +110,8 @@ async def classify(
     def find() -> list[Match]:
         return collection.search(vector, k=options.k, filter=chosen)
 
-    neighbours = await anyio.to_thread.run_sync(find)
+    with timed("search"):
+        neighbours = await anyio.to_thread.run_sync(find)
     return ClassifyAnswer(
         labels=vote(neighbours, label, options.temperature),
         neighbours=to_matches(neighbours),

@@ -9,7 +9,7 @@ from index.errors import SnapshotNotFound
 from index.snapshots import Snapshot
 from service.collection_schemas import CollectionAnswer, SnapshotAnswer, SnapshotList
 from service.routes.collections import collection_answer
-from service.routes.openapi import ERRORS
+from service.routes.openapi import ERRORS, CollectionName, SnapshotName, binary
 from service.schemas import Deleted
 from service.services import Served
 
@@ -19,7 +19,7 @@ router = APIRouter(prefix="/v1/collections/{name}/snapshots", tags=["snapshots"]
 
 
 @router.post("", summary="Make a snapshot", status_code=201)
-def make_snapshot(name: str, services: Served) -> SnapshotAnswer:
+def make_snapshot(name: CollectionName, services: Served) -> SnapshotAnswer:
     """A copy of the collection as it is now, on disk when the answer comes.
 
     Searches and uploads go on meanwhile.
@@ -28,7 +28,7 @@ def make_snapshot(name: str, services: Served) -> SnapshotAnswer:
 
 
 @router.get("", summary="A collection's snapshots")
-def list_snapshots(name: str, services: Served) -> SnapshotList:
+def list_snapshots(name: CollectionName, services: Served) -> SnapshotList:
     """Oldest first; those of a collection that is damaged, or was deleted, too."""
     found = services.collections.snapshots(name)
     if not found and name not in services.collections.names():
@@ -40,9 +40,21 @@ def list_snapshots(name: str, services: Served) -> SnapshotList:
     "/{snapshot}",
     summary="Download a snapshot",
     response_class=FileResponse,
-    responses={200: {"content": {_SQLITE: {}}, "description": "A SQLite database."}},
+    responses={
+        200: {"content": {_SQLITE: binary("a database")}, "description": "A SQLite database."},
+        206: {
+            "content": {_SQLITE: binary("a part of it")},
+            "description": "The part of it that `Range` asks for.",
+        },
+        416: {
+            "content": {"text/plain": {"schema": {"type": "string", "description": "nothing"}}},
+            "description": "`Range` asks for what lies behind its end.",
+        },
+    },
 )
-def download_snapshot(name: str, snapshot: str, services: Served) -> FileResponse:
+def download_snapshot(
+    name: CollectionName, snapshot: SnapshotName, services: Served
+) -> FileResponse:
     """Its file; a part of it where the header `Range` asks for one."""
     path = services.collections.snapshot_path(name, snapshot)
     try:
@@ -57,7 +69,9 @@ def download_snapshot(name: str, snapshot: str, services: Served) -> FileRespons
 
 
 @router.post("/{snapshot}/restore", summary="Put a collection back to a snapshot")
-def restore_snapshot(name: str, snapshot: str, services: Served) -> CollectionAnswer:
+def restore_snapshot(
+    name: CollectionName, snapshot: SnapshotName, services: Served
+) -> CollectionAnswer:
     """All or nothing; what was stored since the snapshot is gone.
 
     The collection may be damaged or deleted. Requests for it that come meanwhile may be answered
@@ -67,7 +81,7 @@ def restore_snapshot(name: str, snapshot: str, services: Served) -> CollectionAn
 
 
 @router.delete("/{snapshot}", summary="Delete a snapshot")
-def delete_snapshot(name: str, snapshot: str, services: Served) -> Deleted:
+def delete_snapshot(name: CollectionName, snapshot: SnapshotName, services: Served) -> Deleted:
     """For good; the collection stays as it is."""
     services.collections.delete_snapshot(name, snapshot)
     return Deleted(deleted=snapshot)

@@ -17,6 +17,25 @@ export class ServiceError extends Error {
   }
 }
 
+/** Told of an answer that no key, or a wrong one, was given: the page asks for another. */
+export const refusals = new EventTarget();
+
+const KEY = "dinoscope-key"; // until the tab is closed
+
+export function setKey(key) {
+  if (key) sessionStorage.setItem(KEY, key);
+  else sessionStorage.removeItem(KEY);
+}
+
+export function hasKey() {
+  return sessionStorage.getItem(KEY) !== null;
+}
+
+/** The headers that show the key, none where there is none. */
+export function authorization() {
+  return hasKey() ? { Authorization: `Bearer ${sessionStorage.getItem(KEY)}` } : {};
+}
+
 /** Gives out one signal at a time: asking for the next aborts the work of the one before. */
 export class Latest {
   #controller = new AbortController();
@@ -42,14 +61,16 @@ export async function getCollections(signal) {
   return collections;
 }
 
-export function thumbnailAddress(collection, id) {
-  return `v1/collections/${encodeURIComponent(collection)}/thumbnails/${encodeURIComponent(id)}`;
+/** The API's description, as OpenAPI has it. */
+export function getDescription() {
+  return request("openapi.json");
 }
 
 /** The stored thumbnail, or null where there is none. */
 export async function getThumbnail(collection, id, signal) {
+  const names = [collection, "thumbnails", id].map(encodeURIComponent);
   try {
-    return await request(thumbnailAddress(collection, id), { signal, as: "blob" });
+    return await request(`v1/collections/${names.join("/")}`, { signal, as: "blob" });
   } catch (error) {
     if (error instanceof ServiceError && error.status === 404) return null;
     throw error;
@@ -97,7 +118,9 @@ function query(options) {
 async function request(address, { body, headers, signal, as = "json" } = {}) {
   try {
     const method = body === undefined ? "GET" : "POST";
-    const response = await fetch(address, { method, body, headers, signal });
+    const shown = { ...headers, ...authorization() };
+    const response = await fetch(address, { method, body, headers: shown, signal });
+    if (response.status === 401) refusals.dispatchEvent(new Event("refusal"));
     if (!response.ok) throw await errorOf(response);
     const answer = await response[as]();
     signal?.throwIfAborted();

@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import { AttentionPanel } from "./attention.js";
-import { BlobImage, ErrorBox, element, emptyMatches, matchItem, nameOf } from "./views.js";
+import { BlobImage, ErrorBox, KeyForm, element, emptyMatches, matchItem, nameOf } from "./views.js";
 
 const NEIGHBOURS = 12;
 
@@ -19,6 +19,10 @@ const latest = {
 };
 const preview = new BlobImage($("preview"));
 const attention = new AttentionPanel(showFailure);
+const keyForm = new KeyForm((key) => {
+  api.setKey(key);
+  loadService();
+});
 const hints = {
   frame: $("frame-hint").textContent,
   neighbours: $("neighbours-note").textContent,
@@ -27,6 +31,7 @@ const hints = {
 let model = null;
 let collections = [];
 let adding = false;
+let thumbnails = []; // of the neighbours that are shown
 
 // A subject is what is searched with: {name, file} for a picture from outside, {name, id,
 // collection} for one of a collection. Each is one step of the browser's history.
@@ -43,11 +48,14 @@ async function loadService() {
   try {
     const [found, list] = await Promise.all([api.getModel(signal), api.getCollections(signal)]);
     if (signal.aborted) return;
+    keyForm.hide();
     showModel(found);
     showCollections(list);
     if (subjects[step]) present(); // chosen before there was anyone to ask
   } catch (error) {
-    if (!signal.aborted) errors.service.show(error.message, loadService);
+    if (signal.aborted) return;
+    if (error.status === 401) return; // the form asks for a key
+    errors.service.show(error.message, loadService);
   }
 }
 
@@ -147,7 +155,7 @@ function presentNothing() {
   picture = Promise.resolve(null);
   $("frame-hint").textContent = hints.frame;
   $("neighbours-note").textContent = hints.neighbours;
-  $("matches").replaceChildren();
+  replaceMatches([]);
 }
 
 async function showPreview(subject, signal) {
@@ -200,10 +208,10 @@ async function findNeighbours() {
   try {
     const matches = await search(subject, collection, signal);
     if (signal.aborted) return;
-    showMatches(matches, subject, collection);
+    showMatches(matches, subject, collection, signal);
   } catch (error) {
     if (signal.aborted) return;
-    $("matches").replaceChildren();
+    replaceMatches([]);
     $("neighbours-note").textContent = "Nothing to show.";
     showFailure(error, errors.neighbours, present);
   }
@@ -223,19 +231,38 @@ async function search(subject, collection, signal) {
   return api.searchByPicture(collection, blob, NEIGHBOURS, signal);
 }
 
-function showMatches(matches, subject, collection) {
-  const items = matches.map((match) =>
-    matchItem(match, api.thumbnailAddress(collection, match.id), () =>
-      open({ name: nameOf(match), id: match.id, collection }),
-    ),
+function showMatches(matches, subject, collection, signal) {
+  const images = matches.map(() => element("img", { alt: "", draggable: false, hidden: true }));
+  const items = matches.map((match, i) =>
+    matchItem(match, images[i], () => open({ name: nameOf(match), id: match.id, collection })),
   );
   // The element with the focus goes away; someone on the keyboard goes on from the first.
   const hadFocus = $("matches").contains(document.activeElement);
-  $("matches").replaceChildren(...items);
+  replaceMatches(items);
+  thumbnails = images.map((image) => new BlobImage(image));
+  matches.forEach(({ id }, i) => showThumbnail(images[i], thumbnails[i], collection, id, signal));
   if (hadFocus) items[0]?.firstElementChild.focus({ preventScroll: true });
   $("neighbours-note").textContent = matches.length
     ? `${matches.length} nearest to “${subject.name}” in “${collection}”, by cosine similarity`
     : `“${collection}” holds no ${subject.file ? "" : "other "}picture yet.`;
+}
+
+function replaceMatches(items) {
+  for (const thumbnail of thumbnails) thumbnail.clear();
+  thumbnails = [];
+  $("matches").replaceChildren(...items);
+}
+
+/** Fetched here, not by the <img>, which could not show a key. */
+async function showThumbnail(image, thumbnail, collection, id, signal) {
+  try {
+    const blob = await api.getThumbnail(collection, id, signal);
+    if (blob !== null && (await thumbnail.show(blob, ""))) return;
+  } catch (error) {
+    if (signal.aborted) return;
+    if (!(error instanceof api.ServiceError)) throw error;
+  }
+  image.replaceWith("no thumbnail");
 }
 
 // ---- Adding -------------------------------------------------------------------------------
@@ -318,6 +345,13 @@ function listen() {
   });
   $("add").addEventListener("click", add);
   $("back").addEventListener("click", () => history.back());
+  api.refusals.addEventListener("refusal", () => {
+    keyForm.show(
+      api.hasKey()
+        ? "The service does not know this key. Give another."
+        : "This service asks for a key.",
+    );
+  });
   window.addEventListener("popstate", ({ state }) => {
     step = state?.visit === visit ? state.step : -1;
     present();

@@ -94,11 +94,34 @@ export class MapTile {
   }
 }
 
-/** One neighbour as a button: its thumbnail, what it is called, and its score. */
-export function matchItem(match, thumbnail, onChoose) {
+/** The form that asks for a key; `onKey(key)` takes what was given. */
+export class KeyForm {
+  #form = document.getElementById("key-form");
+  #input = document.getElementById("key");
+
+  constructor(onKey) {
+    this.#form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      onKey(this.#input.value.trim());
+      this.#input.value = "";
+    });
+  }
+
+  show(text) {
+    document.getElementById("key-text").textContent = text;
+    if (!this.#form.hidden) return; // someone may be typing
+    this.#form.hidden = false;
+    this.#input.focus();
+  }
+
+  hide() {
+    this.#form.hidden = true;
+  }
+}
+
+/** One neighbour as a button: its thumbnail (an <img>), what it is called, and its score. */
+export function matchItem(match, image, onChoose) {
   const label = nameOf(match);
-  const image = element("img", { alt: "", draggable: false, loading: "lazy", src: thumbnail });
-  image.addEventListener("error", () => image.replaceWith("no thumbnail"));
   const detail = label === match.id ? [] : [detailLine(match.id)];
   const button = element(
     "button",

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -57,3 +58,48 @@ def test_the_index_beside_others(tmp_path: Path) -> None:
     assert largest["growing"]["calm_max_ms"] > 0
     assert (tmp_path / "growth.png").stat().st_size > 10_000
     assert {p.name for p in tmp_path.iterdir()} == {"real.npy", "growth.png"}
+
+
+def test_the_service_under_overload() -> None:
+    """The promises hold in a few seconds too; with a deadline that a busy machine keeps."""
+    short = ["--seconds=4", "--warm-up=2", "--deadline=30", "--json"]
+    status, out, err = finish([sys.executable, "benchmarks/overload.py", *short])
+    assert status == 0, err
+    found = json.loads(out.splitlines()[-1])
+    assert set(found["statuses"]) <= {"200", "429"}
+    assert found["statuses"]["200"] > 0
+    assert found["refused_without_retry_after"] == 0
+    assert 0 < found["accepted_p99_s"] < found["deadline_s"]
+    assert found["growth_mib"] < found["growth_bound_mib"]
+    assert found["first_answer_after_s"] < found["deadline_s"]
+
+
+def test_serving_beside_its_ceiling_and_litserve() -> None:
+    short = [
+        "--quick",
+        "--clients=2",
+        "--records=300",
+        "--rounds=1",
+        "--seconds=0.3",
+        "--trial=0.1",
+    ]
+    few = ["--lots=1", "--lot=2", "--pictures=4", "--json"]
+    rivals = ["litserve"] if find_spec("litserve") else []  # of the extra `benchmarks`
+    skipped = [] if rivals else ["--skip=litserve"]
+    status, out, err = finish([sys.executable, "benchmarks/serving.py", *short, *few, *skipped])
+    assert status == 0, err
+    found = json.loads(out.splitlines()[-1])
+    for name in (
+        "throughput_vs_ceiling_16",
+        *(["throughput_vs_litserve_16", "throughput_vs_litserve_12mp"] if rivals else []),
+        "latency_vs_ceiling_1",
+        "attention_vs_embedding",
+        "int8_speedup",
+        "int8_mean_cosine",
+    ):
+        assert found[name] > 0, name
+    assert isinstance(found["search_minus_embedding_ms"], float)
+    assert set(found["by_clients"]) == {"1", "4", "16", "64"}
+    for kind in ("jpeg", "jpeg_12mp", "png_2mp"):
+        assert set(found["per_s"][kind]) == {"ceiling", "service", *rivals}
+        assert min(found["per_s"][kind].values()) > 0

@@ -2,12 +2,7 @@
 
 import io
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from service.keys import add_key, remove_key
+from tests.e2e.running import ROOT, running_service
+
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
-ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "backbone" / "models" / "default.safetensors"
 CHROMIUM = shutil.which("chromium")
 ARGUMENTS = [
@@ -28,11 +25,6 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-# What the page promises to get by with: no inline script or style, nothing from elsewhere.
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'"
-)
 WAIT_MS = 30_000
 COUNT_URLS = """
 window.liveUrls = new Set();
@@ -68,51 +60,13 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a running service that holds a few pictures."""
-    if not MODEL.exists():
-        pytest.skip(f"{MODEL.relative_to(ROOT)} is absent")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    folder = tmp_path_factory.mktemp("service")
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("DINOSCOPE_")},
-        "DINOSCOPE_PORT": str(port),
-        "DINOSCOPE_DEVICE": "cpu",
-        "DINOSCOPE_TORCH_THREADS": "1",
-        "DINOSCOPE_DATA_DIR": str(folder / "data"),
-    }
-    url, log = f"http://127.0.0.1:{port}", folder / "log.txt"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "service"],
-            cwd=ROOT,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        _wait_until_ready(process, url, log)
+    with running_service(tmp_path_factory.mktemp("service")) as url:
         _fill(url)
         yield url
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if httpx.get(f"{url}/readyz").is_success:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.1)
-    pytest.fail(f"the service did not become ready:\n{log.read_text()}")
-
-
-def _fill(url: str) -> None:
-    with httpx.Client(base_url=url, timeout=60) as client:
+def _fill(url: str, **headers: str) -> None:
+    with httpx.Client(base_url=url, timeout=60, headers=headers) as client:
         for number in range(6):
             content = encoded(picture(number), "PNG")
             answer = client.post(
@@ -143,20 +97,13 @@ def complaints() -> list[str]:
 
 @pytest.fixture
 def page(browser: Any, server: str, complaints: list[str]) -> Iterator[Any]:
-    """The page, loaded, under a strict Content-Security-Policy."""
+    """The page, loaded, under the Content-Security-Policy that the service gives it."""
     context = browser.new_context(viewport={"width": 360, "height": 740})
     opened = context.new_page()
     opened.set_default_timeout(WAIT_MS)
     opened.on("console", lambda message: complaints.append(message.text))
     opened.on("pageerror", lambda error: complaints.append(str(error)))
     opened.add_init_script(COUNT_URLS)
-
-    def with_policy(route: Any) -> None:
-        answer = route.fetch()
-        headers = {**answer.headers, "content-security-policy": POLICY}
-        route.fulfill(response=answer, headers=headers)
-
-    opened.route(f"{server}/", with_policy)
     opened.goto(f"{server}/")
     opened.wait_for_selector("#maps figure")
     yield opened
@@ -211,7 +158,6 @@ def test_a_chosen_picture_shows_its_maps_and_finds_itself(
     assert len(ids) == 6
     assert map_widths(page) == [480] * (model["heads"] + 1)
     assert all(page.eval_on_selector_all("#maps img", "all => all.map(one => one.alt)"))
-    page.locator("#matches").scroll_into_view_if_needed()
     playwright.expect(page.locator(".match img").first).to_have_js_property("naturalWidth", 160)
     score = float(page.text_content(".match .match-detail").removeprefix("score "))
     assert 0.95 < score <= 1.0
@@ -224,7 +170,10 @@ def test_a_chosen_picture_shows_its_maps_and_finds_itself(
         page.press("#threshold", "ArrowLeft")
     wait_until_idle(page)
     assert min(map_widths(page)) > 0
-    shown = page.eval_on_selector_all("#maps img, #preview", "all => all.map(one => one.src)")
+    playwright.expect(page.locator(".match img:not([hidden])")).to_have_count(6)
+    shown = page.eval_on_selector_all(
+        "#maps img, #preview, .match img", "all => all.map(one => one.src)"
+    )
     assert set(page.evaluate("[...window.liveUrls]")) == set(shown)
     assert complaints == []
 
@@ -333,3 +282,64 @@ def test_a_picture_is_added_to_the_chosen_collection(
     assert "1 picture" in page.text_content("#fact-collection")
     assert httpx.get(f"{server}/v1/collections/empty").json()["count"] == 1
     assert complaints == []
+
+
+def test_the_description_needs_nothing_from_elsewhere(
+    page: Any, server: str, complaints: list[str]
+) -> None:
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.click("text=documentation")
+    expect(page, ".opblock-summary-path").not_to_have_count(0)
+    expect(page, "body").to_contain_text("The nearest pictures")
+    assert all(url.startswith((server, "data:")) for url in asked), asked
+    assert complaints == []
+
+
+def test_a_service_with_keys_below_a_path_asks_for_one(browser: Any, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    writing = add_key(keys, "writer", may_write=True)
+    reading = add_key(keys, "reader", may_write=False)
+    given = {"keys_file": str(keys), "root_path": "/eyes"}
+    with running_service(tmp_path, **given) as url:
+        _fill(url, Authorization=f"Bearer {writing}")
+        told = {"Host": "pictures.example", "X-Forwarded-Proto": "https"}  # by a proxy
+        moved = httpx.get(f"{url}/eyes", headers=told)
+        assert moved.headers["location"] == "https://pictures.example/eyes/"
+        context = browser.new_context()
+        page = context.new_page()
+        page.set_default_timeout(WAIT_MS)
+        page.goto(f"{url}/eyes/")
+        expect(page, "#key-text").to_have_text("This service asks for a key.")
+        assert page.locator(".error:visible").count() == 0
+        page.fill("#key", "dinoscope_wrong")
+        page.press("#key", "Enter")
+        expect(page, "#key-text").to_contain_text("does not know this key")
+        page.fill("#key", reading)
+        page.click("text=Use this key")
+        expect(page, "#key-form").to_be_hidden()
+        expect(page, "#fact-collection").to_contain_text("6 pictures")
+
+        choose(page, "again.jpg", encoded(picture(3), "JPEG", quality=90))
+        assert match_ids(page)[0] == "stripes/3 a&b.png"
+        playwright.expect(page.locator(".match img").first).to_have_js_property("naturalWidth", 160)
+        assert min(map_widths(page)) > 0
+        page.click("#add")
+        expect(page, "#picture-error").to_contain_text("'reader' is read-only")
+
+        page.click("text=documentation")  # with the same key
+        expect(page, ".opblock-summary-path").not_to_have_count(0)
+        page.goto(f"{url}/eyes/")
+        expect(page, "#fact-collection").to_contain_text("6 pictures")  # the tab remembers it
+        remove_key(keys, "reader")
+        choose(page, "again.jpg", encoded(picture(3), "JPEG", quality=90))
+        expect(page, "#key-text").to_contain_text("does not know this key")
+        page.fill("#key", writing)
+        page.press("#key", "Enter")
+        page.wait_for_selector(".match[data-id]")  # the search waits for what the service tells
+        assert match_ids(page)[0] == "stripes/3 a&b.png"
+        page.click("#add")
+        expect(page, "#status").to_contain_text("is in “default” now")
+        assert "key" not in page.url
+        context.close()
+    assert not any(key in (tmp_path / "log.txt").read_text() for key in (writing, reading))

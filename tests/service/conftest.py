@@ -70,7 +70,11 @@ async def shared_client(
     shared_encoder: FakeEncoder, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[httpx.AsyncClient]:
     """One application for a module whose tests leave nothing behind; starting one takes time."""
-    settings = Settings(_env_file=None, data_dir=tmp_path_factory.mktemp("shared"))
+    settings = Settings(
+        _env_file=None,
+        data_dir=tmp_path_factory.mktemp("shared"),
+        cache_bytes=0,  # tests count what is computed
+    )
     app = created(settings, shared_encoder)
     async with (
         app.router.lifespan_context(app),

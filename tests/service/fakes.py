@@ -1,6 +1,7 @@
 """An encoder without a network: vectors are pixels, so what looks alike is found."""
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -8,9 +9,14 @@ import numpy as np
 from fastapi import FastAPI
 from PIL import Image
 
-from service.app import create_app, make_model
-from service.encoder import Array, ModelInfo, Task
+from backbone.preprocess import Extent
+from service.app import create_app
+from service.encoder import Array, AttentionTask, ModelInfo, Task
+from service.lifecycle import End
+from service.loading import make_model, share
+from service.metrics import Metrics
 from service.models import Models
+from service.patch_maps import patch_at
 from service.settings import Settings
 
 PATIENCE_S = 60.0  # longest wait for an event that is bound to come; ends a test that would hang
@@ -22,6 +28,7 @@ class FakeEncoder:
     Attributes:
         calls: (task, number of pictures) of every call of `run` since the last `calls.clear()`.
         failure: raised by `run` while it is set.
+        pause_s: how long each call of `run` takes.
     """
 
     cell = 4
@@ -36,27 +43,37 @@ class FakeEncoder:
             input_size=16,
             patch_size=4,
             heads=2,
+            blocks=2,
+            features={"cls": 48, "last4": 192, "cls+mean": 51, "patches": 3, "copy": 96},
             picture_mode="RGB",
             licence="CC0-1.0",
         )
         self.calls: list[tuple[Task, int]] = []
         self.failure: Exception | None = None
+        self.pause_s = 0.0
         self._model = _Gate()
         self._decoding = _Gate()
 
-    def prepare(self, task: Task, picture: Image.Image) -> Array:
+    def prepare(self, task: Task, picture: Image.Image, *, extent: Extent | None = None) -> Array:
         self._decoding.go_through()
         width, height = picture.size
-        if task == "attention":
+        if task == "tokens" or isinstance(task, AttentionTask):
             shape = (max(1, min(64, width // self.cell)), max(1, min(64, height // self.cell)))
         else:
             shape = (4, 4)
         pixels = np.asarray(picture.resize(shape, Image.Resampling.BOX), dtype=np.float32)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
+    def needed(self, task: Task, size: tuple[int, int]) -> tuple[int, int]:
+        return size
+
+    def batch_sizes(self, most: int) -> list[int]:
+        return [1]
+
     def run(self, task: Task, inputs: Sequence[Array]) -> list[Array]:
         self.calls.append((task, len(inputs)))
         self._model.go_through()
+        time.sleep(self.pause_s)
         if self.failure is not None:
             raise self.failure
         return [self._result(task, one) for one in inputs]
@@ -78,18 +95,49 @@ class FakeEncoder:
 
     @staticmethod
     def _result(task: Task, pixels: Array) -> Array:
-        if task == "attention":
-            bright = pixels.mean(axis=0) + 1.0
-            maps = np.stack([bright, 257.0 - bright])
-            return (maps / maps.sum(axis=(1, 2), keepdims=True)).astype(np.float32)
+        if isinstance(task, AttentionTask):
+            return _attention(task, pixels)
+        if task in ("patches", "tokens"):
+            return np.ascontiguousarray(pixels.transpose(1, 2, 0)) / np.float32(255.0)
         vector = pixels.reshape(-1) / 255.0 - 0.4987
-        return vector if task == "cls" else np.concatenate((vector, vector**2))
+        more: dict[Task, Array] = {
+            "cls": vector[:0],
+            "last4": np.concatenate([vector * n for n in (2, 3, 4)]),
+            "cls+mean": pixels.mean(axis=(1, 2)) / 255.0,
+            "copy": vector**2,
+        }
+        return np.concatenate((vector, more[task]))
 
 
-def created(settings: Settings, *encoders: FakeEncoder) -> FastAPI:
+def _attention(task: AttentionTask, pixels: Array) -> Array:
+    """Brightness and darkness; of a point, less where it is far; less in the first block."""
+    bright = pixels.mean(axis=0) + 1.0
+    maps = np.stack([bright, 257.0 - bright])
+    if task.point is not None:
+        row, column = patch_at(task.point, bright.shape)
+        rows, columns = np.indices(bright.shape)
+        maps = maps / (1.0 + np.abs(rows - row) + np.abs(columns - column))
+    maps = maps / maps.sum(axis=(1, 2), keepdims=True)
+    if task.block is None:
+        maps = maps.mean(axis=0, keepdims=True)
+    elif task.block == 0:
+        maps = maps / 2
+    return maps.astype(np.float32)
+
+
+def models_of(settings: Settings, metrics: Metrics, *encoders: FakeEncoder) -> Models:
+    shared = share(settings, metrics)
+    models = [make_model(one.info, lambda one=one: one, settings, shared) for one in encoders]
+    return Models(models, pool=shared.pool)
+
+
+def created(settings: Settings, *encoders: FakeEncoder, end: End | None = None) -> FastAPI:
     """An application that serves these; the first is its default."""
-    models = [make_model(one.info, lambda one=one: one, settings) for one in encoders]
-    return create_app(settings, models=Models(models))
+
+    def find(settings: Settings, metrics: Metrics) -> Models:
+        return models_of(settings, metrics, *encoders)
+
+    return create_app(settings, find=find, end=end)
 
 
 class _Gate:

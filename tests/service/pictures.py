@@ -63,15 +63,21 @@ def opened(content: bytes) -> Image.Image:
     return picture
 
 
-def upright_and_turned(orientation: int) -> tuple[Image.Image, bytes]:
-    """A picture, and a JPEG that shows it by way of the given EXIF orientation alone."""
+_UNDO = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+def upright_and_turned(orientation: int, kind: str, **options: Any) -> tuple[Image.Image, bytes]:
+    """A picture, and a file that shows it by way of the given EXIF orientation alone."""
     upright = halves(RED, BLUE)
-    undo = {
-        3: Image.Transpose.ROTATE_180,
-        6: Image.Transpose.ROTATE_90,
-        8: Image.Transpose.ROTATE_270,
-    }
+    upright.paste(GREEN, (0, 8, 16, 16))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    stored = upright.transpose(undo[orientation])
-    return upright, encoded(stored, "JPEG", exif=exif, quality=95, subsampling=0)
+    return upright, encoded(upright.transpose(_UNDO[orientation]), kind, exif=exif, **options)

@@ -1,6 +1,8 @@
 """python -m service, in a process of its own."""
 
+import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,8 +11,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from index.collection_set import CollectionSet
 from service.__main__ import main
 from service.settings import Settings
+from service.settings_help import rule_of
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -44,6 +48,7 @@ def in_process(
     def call(*arguments: str, **environment: str) -> tuple[int, str, str]:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["service", *arguments])
+        monkeypatch.setenv("DINOSCOPE_PORT", "0")
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         status = main()
@@ -58,9 +63,13 @@ def test_help_lists_every_setting(in_process: Callable[..., tuple[int, str, str]
         status, shown, complaints = in_process(option, DINOSCOPE_PORT="abc")
         assert (status, complaints) == (0, "")
         for name, field in Settings.model_fields.items():
-            assert f"DINOSCOPE_{name.upper()} (default {field.default})" in shown
             assert field.description
-            assert field.description in shown
+            told = f"{field.description}\n      must be {rule_of(field)}\n"
+            assert f"  DINOSCOPE_{name.upper()} (default " in shown
+            assert told in shown
+        assert "DINOSCOPE_PORT (default 8000)" in shown
+        assert "DINOSCOPE_CORS_ORIGINS (default none)" in shown
+        assert "DINOSCOPE_KEY (default none)" in shown
 
 
 @pytest.mark.parametrize(
@@ -74,6 +83,9 @@ def test_help_lists_every_setting(in_process: Callable[..., tuple[int, str, str]
             {"DINOSCOPE_DEVICE": "tpu", "DINOSCOPE_MAX_QUEUE": "0"},
             [("DINOSCOPE_DEVICE", "'tpu'"), ("DINOSCOPE_MAX_QUEUE", "'0'")],
         ),
+        ([], {"DINOSCOPE_FETCH_ALLOW": "ten:80"}, [("DINOSCOPE_FETCH_ALLOW", "'ten:80'", "10.1")]),
+        ([], {"DINOSCOPE_PROT": "1"}, [("DINOSCOPE_PROT", "DINOSCOPE_PORT")]),
+        ([], {"DINOSCOPE_HOST": "no such host"}, [("DINOSCOPE_HOST", "'no such host'")]),
     ],
 )
 def test_mistakes_have_one_line_each(
@@ -85,6 +97,38 @@ def test_mistakes_have_one_line_each(
     status, shown, complaints = in_process(*arguments, **environment)
     assert (status, shown) == (2, "")
     assert_lines(complaints, *lines)
+
+
+def test_a_port_in_use_ends_the_process_with_one_line(
+    in_process: Callable[..., tuple[int, str, str]],
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        status, shown, complaints = in_process(DINOSCOPE_PORT=port)
+    assert (status, shown) == (2, "")
+    assert_lines(complaints, (f"DINOSCOPE_PORT = {port}", "in use"))
+
+
+def test_a_folder_or_keys_that_cannot_be_used_end_the_process_with_one_line(
+    tmp_path: Path,
+) -> None:
+    data = tmp_path / "data"
+    given = {"DINOSCOPE_PORT": "0", "DINOSCOPE_DATA_DIR": str(data), "DINOSCOPE_DEVICE": "cpu"}
+    taken = CollectionSet(data)
+    try:
+        ended = run(tmp_path, **given)
+    finally:
+        taken.close()
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "Traceback" not in ended.stderr
+    logged = [json.loads(line) for line in ended.stderr.splitlines()]
+    (failure,) = [line["message"] for line in logged if line["level"] == "critical"]
+    assert_lines(failure, (str(data), "in use"))
+
+    (tmp_path / "keys").write_text("# ours\nnonsense\n")
+    ended = run(tmp_path, DINOSCOPE_KEYS_FILE="keys", **given)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert_lines(ended.stderr.splitlines()[-1], ("keys, line 2", "three parts"))
 
 
 def assert_lines(complaints: str, *told: tuple[str, ...]) -> None:
@@ -121,6 +165,9 @@ def test_the_queue_must_hold_the_largest_request() -> None:
         ("decode_threads", 0),
         ("max_batch_size", -1),
         ("log_level", "loud"),
+        ("fetch_allow", "10.1.0.0/16, example.com"),
+        ("fetch_timeout_s", 0),
+        ("max_fetches", 0),
     ],
 )
 def test_settings_that_cannot_be(name: str, value: object) -> None:

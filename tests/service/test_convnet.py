@@ -141,6 +141,41 @@ async def test_attention_is_refused_with_the_reason(client: httpx.AsyncClient) -
         assert "no attention" in error["message"]
 
 
+async def test_features_without_blocks(client: httpx.AsyncClient, model: Path) -> None:
+    (card,) = json_of(await client.get("/v1/models"))["data"]
+    assert card["features"] == {
+        "cls": 1024, "cls+mean": 1600, "patches": 576, "copy": 1600
+    }  # fmt: skip
+    assert card["blocks"] == 0
+    for feature, length in card["features"].items():
+        found = await embedding(client, png(1), feature=feature)
+        assert found.shape[-1] == length
+    response = await client.post(
+        "/v1/embeddings", content=png(1), headers=RAW, params={"feature": "last4"}
+    )
+    error = error_of(response, 400, "feature_unavailable")
+    assert error["param"] == "feature"
+    for part in ("last4", "mobilenet_v3_small", "convolutional", "cls+mean"):
+        assert part in error["message"]
+
+
+async def test_maps_of_the_last_feature_map(client: httpx.AsyncClient) -> None:
+    for options, count in (({"view": "pca"}, 3), ({"view": "similarity", "point": "0.5,0.5"}, 1)):
+        response = await client.post(
+            "/v1/attention", content=png(1, (48, 24)), headers=RAW, params=options
+        )
+        assert opened(response.content).size == (48, 24)
+        response = await client.post(
+            "/v1/attention",
+            content=png(1, (48, 24)),
+            headers=RAW,
+            params={**options, "format": "json"},
+        )
+        maps = np.array(json_of(response)["maps"])
+        assert maps.shape[0] == count
+        assert np.isfinite(maps).all()
+
+
 async def test_a_model_of_grey_pictures(tmp_path: Path) -> None:
     described = Architecture(name="vit_tiny", patch_size=16, image_size=32, in_channels=1)
     async with served(written(described, tmp_path / "grey.safetensors")) as client:

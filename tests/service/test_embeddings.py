@@ -90,7 +90,8 @@ async def test_the_copy_descriptor_is_another_vector(
 
 
 @pytest.mark.parametrize(
-    ("feature", "right", "wrong"), [("cls", 48, 32), ("cls", 48, 96), ("copy", 96, 48)]
+    ("feature", "right", "wrong"),
+    [("cls", 48, 32), ("cls", 48, 96), ("copy", 96, 48), ("last4", 192, 48), ("cls+mean", 51, 48)],
 )
 async def test_dimensions_must_be_the_features_own(
     client: httpx.AsyncClient, feature: str, right: int, wrong: int

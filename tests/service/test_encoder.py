@@ -1,19 +1,32 @@
 """The encoder of a real network, tiny and untrained."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from backbone.architectures import Architecture
 from backbone.artifact import Artifact, write_artifact
+from backbone.attention import rollout
 from backbone.descriptors import copy_descriptor
 from backbone.preprocess import Preprocess
 from backbone.pretrained import NamedModel, load_model
-from service.encoder import TASKS, TorchEncoder, batch_kind
+from service.encoder import FEATURES, AttentionTask, Task, TorchEncoder, batch_kind
+from service.patch_maps import patch_at
+from service.precision import Precision, in_precision
 from tests.service.pictures import RED, noise, plain
 
+PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "photos"
+TASKS: tuple[Task, ...] = (
+    *FEATURES,
+    "tokens",
+    AttentionTask(block=11),
+    AttentionTask(block=0, point=(0.9, 0.1)),
+    AttentionTask(block=None),
+)
 ARCHITECTURE = Architecture(name="vit_tiny", patch_size=16, image_size=32)
 
 
@@ -75,12 +88,43 @@ def test_vectors_are_the_networks(encoder: TorchEncoder, model: NamedModel) -> N
     assert np.allclose(copy, copy_descriptor(squashed)[0], atol=1e-5)
 
 
+def test_features_are_the_networks(encoder: TorchEncoder, model: NamedModel) -> None:
+    picture, network = noise(1, (50, 40)), model.artifact.network()
+    with torch.no_grad():
+        view = model.artifact.preprocess.centre_crop(picture)[None]
+        features = network(view, last_blocks=4)
+    expected = {
+        "last4": torch.cat([block[0, 0] for block in features.blocks]),
+        "cls+mean": torch.cat([features.cls[0], features.patches[0].mean(dim=0)]),
+        "patches": features.patches[0].reshape(2, 2, 192),
+    }
+    assert encoder.info.features == {
+        "cls": 192, "last4": 768, "cls+mean": 384, "patches": 192, "copy": 384
+    }  # fmt: skip
+    for name in FEATURES:
+        (found,) = encoder.run(name, [encoder.prepare(name, picture)])
+        assert found.shape[-1] == encoder.info.features[name]
+        assert found.dtype == np.float32
+        if name in expected:
+            assert np.allclose(found, expected[name], atol=1e-5)
+
+
+def test_tokens_are_those_of_the_whole_picture(encoder: TorchEncoder, model: NamedModel) -> None:
+    prepared = encoder.prepare("tokens", noise(2, (60, 40)))
+    (tokens,) = encoder.run("tokens", [prepared])
+    with torch.no_grad():
+        features = model.artifact.network()(torch.from_numpy(prepared)[None])
+    assert tokens.shape == (*features.grid, 192)
+    assert np.allclose(tokens.reshape(-1, 192), features.patches[0], atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [(60, 40), (40, 60), (48, 48)])
 def test_maps_are_the_cls_row_without_cls(
     encoder: TorchEncoder, model: NamedModel, size: tuple[int, int]
 ) -> None:
-    prepared = encoder.prepare("attention", noise(2, size))
-    (maps,) = encoder.run("attention", [prepared])
+    task = AttentionTask(block=11)
+    prepared = encoder.prepare(task, noise(2, size))
+    (maps,) = encoder.run(task, [prepared])
     rows, columns = prepared.shape[1] // 16, prepared.shape[2] // 16
     assert maps.shape == (3, rows, columns)
     assert min(rows, columns) == round(32 * 480 / 224 / 16)
@@ -88,10 +132,31 @@ def test_maps_are_the_cls_row_without_cls(
     full = model.artifact.network()(torch.from_numpy(prepared)[None], attention="full").attention
     assert full is not None
     assert np.allclose(maps, full[0, :, 0, 1:].reshape(maps.shape), atol=1e-5)
+    for point in ((0.0, 0.0), (0.7, 0.2), (1.0, 1.0)):
+        task = AttentionTask(block=11, point=point)
+        (maps,) = encoder.run(task, [prepared])
+        row, column = patch_at(point, (rows, columns))
+        expected = full[0, :, 1 + row * columns + column, 1:].reshape(maps.shape)
+        assert np.allclose(maps, expected, atol=1e-5)
+
+
+def test_rollout_is_of_all_blocks(encoder: TorchEncoder, model: NamedModel) -> None:
+    task = AttentionTask(block=None)
+    prepared = encoder.prepare(task, noise(2, (60, 40)))
+    (maps,) = encoder.run(task, [prepared])
+    with torch.no_grad():
+        expected = rollout(model.artifact.network(), torch.from_numpy(prepared)[None])
+    assert np.allclose(maps.ravel(), expected[0, 1:], atol=1e-6)
+    assert maps.shape[0] == 1
+
+
+def test_tasks_are_keys() -> None:
+    assert len({AttentionTask(block=1), AttentionTask(block=1), AttentionTask(block=2)}) == 2
+    assert {str(task) for task in TASKS} == {*FEATURES, "tokens", "attention"}
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_batch_is_its_pictures_one_by_one(encoder: TorchEncoder, task: str) -> None:
+def test_a_batch_is_its_pictures_one_by_one(encoder: TorchEncoder, task: Task) -> None:
     inputs = [encoder.prepare(task, noise(seed, (48, 36))) for seed in range(3)]
     assert len({batch_kind(task, one) for one in inputs}) == 1
     together = encoder.run(task, inputs)
@@ -111,10 +176,70 @@ def test_odd_sizes(encoder: TorchEncoder, size: tuple[int, int]) -> None:
 
 def test_attention_pixels(model: NamedModel) -> None:
     encoder = TorchEncoder(model, device="cpu", attention_pixels=128)
-    assert encoder.prepare("attention", noise(1, (60, 30))).shape == (3, 128, 256)
+    assert encoder.prepare("tokens", noise(1, (60, 30))).shape == (3, 128, 256)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there(model: NamedModel) -> None:
     with pytest.raises(ValueError, match="no CUDA device"):
         TorchEncoder(model, device="cuda")
+
+
+def test_fp32_is_exact(encoder: TorchEncoder, model: NamedModel) -> None:
+    """The packed layers and the last block for CLS alone round differently, and no more."""
+    network = model.artifact.network()
+    batch = [encoder.prepare("cls", noise(seed)) for seed in range(3)]
+    expected = network(torch.from_numpy(np.stack(batch))).cls
+    assert np.allclose(encoder.run("cls", batch), expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("task", TASKS)
+def test_other_precisions_are_near_and_have_a_fingerprint_of_their_own(
+    encoder: TorchEncoder, model: NamedModel, precision: Precision, task: Task
+) -> None:
+    other = TorchEncoder(model, device="cpu", precision=precision)
+    assert other.info.fingerprint == f"{encoder.info.fingerprint}-{precision}"
+    batch = [encoder.prepare(task, noise(seed, (48, 48))) for seed in range(3)]
+    for exact, found in zip(encoder.run(task, batch), other.run(task, batch), strict=True):
+        one, two = exact.ravel(), found.ravel()
+        assert found.dtype == np.float32
+        assert not np.array_equal(one, two)
+        # These weights are noise, which rounding disturbs more than a trained network.
+        least = {"bf16": 0.999, "int8": 0.98}[precision]
+        assert one @ two / np.linalg.norm(one) / np.linalg.norm(two) > least
+
+
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason="real pictures are not there")
+def test_int8_of_the_model_in_the_repository() -> None:
+    model = load_model("default")
+    exact, int8 = (TorchEncoder(model, device="cpu", precision=p) for p in ("fp32", "int8"))
+    photos = [Image.open(path).convert("RGB") for path in sorted(PHOTOS.glob("*.jpg"))[::25]]
+    batch = [exact.prepare("cls", photo) for photo in photos]
+    one, two = (np.stack(encoder.run("cls", batch)) for encoder in (exact, int8))
+    cosines = (one * two).sum(1) / np.linalg.norm(one, axis=1) / np.linalg.norm(two, axis=1)
+    assert cosines.mean() >= 0.999
+
+
+def test_batches_of_a_compiled_network_are_filled_up(model: NamedModel) -> None:
+    encoder = TorchEncoder(model, device="cpu", compiled=True)
+    assert encoder.batch_sizes(12) == [1, 2, 4, 8, 16]
+    shapes: list[int] = []
+
+    def forward(pictures: torch.Tensor, **_: object) -> object:
+        shapes.append(len(pictures))
+        return network(pictures)
+
+    network = model.artifact.network()
+    encoder._network.forward = forward
+    encoder._network._compiled_call_impl = None  # to be eager: compiling takes a minute here
+    results = encoder.run("cls", [encoder.prepare("cls", noise(seed)) for seed in range(3)])
+    assert shapes == [4]
+    assert len(results) == 3
+
+
+@pytest.mark.parametrize("name", ["resnet18"])
+def test_int8_is_for_vits_alone(name: str) -> None:
+    network = Architecture(name=name, image_size=32).build()
+    with pytest.raises(ValueError, match="for ViTs alone"):
+        in_precision(network, "int8", torch.device("cpu"))

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.heatmaps import Style, draw
+from service.errors import RequestError
+from service.heatmaps import Style, draw, draw_components
 from tests.service.pictures import RED, noise, plain
 
 MAP = np.array([[0.0, 0.1], [0.2, 0.7]], dtype=np.float32)
@@ -70,3 +71,38 @@ def test_attention_of_nothing_is_no_division_by_zero() -> None:
     for threshold in (None, 0.6):
         drawn = sheet(np.zeros((1, 2, 2), dtype=np.float32), plain(RED), threshold=threshold)
         assert not drawn.any()
+
+
+def test_labels_stand_in_the_corners() -> None:
+    picture = plain(RED, (64, 64))
+    maps = np.repeat(MAP[None], 4, axis=0)
+    bare, labelled = sheet(maps, picture), labelled_sheet(maps, picture, ["0", "1", "10", "11"])
+    differs = (bare != labelled).any(axis=2)
+    for top, left in ((0, 0), (0, 68), (68, 0), (68, 68)):
+        tile = differs[top : top + 64, left : left + 64]
+        assert tile[:16, :16].any()
+        assert not tile[20:].any()
+        assert not tile[:, 24:].any()
+    assert not np.array_equal(labelled[:64, :64], labelled[:64, 68:])
+
+
+def labelled_sheet(maps: np.ndarray, picture: Image.Image, labels: list[str]) -> np.ndarray:
+    style = Style(colormap="gray", overlay=1.0, threshold=None, size=max(picture.size))
+    return np.asarray(Image.open(io.BytesIO(draw(maps, picture, style, labels=labels))))
+
+
+def test_components_are_red_green_and_blue() -> None:
+    maps = np.stack([MAP, MAP.T - 3.0, np.full_like(MAP, 7.0)])
+    style = Style(colormap="gray", overlay=1.0, threshold=None, size=64)
+    drawn = np.asarray(Image.open(io.BytesIO(draw_components(maps, plain(RED, (64, 64)), style))))
+    assert drawn[-1, -1].tolist() == [255, 255, 128]
+    assert drawn[0, 0, :2].max() <= 8
+
+
+@pytest.mark.parametrize("size", [(60, 29), (200, 90)])
+def test_a_grid_that_is_too_large_for_webp(size: tuple[int, int]) -> None:
+    maps = np.repeat(MAP[None], 24, axis=0)  # wide pictures stand below each other
+    style = Style(colormap="gray", overlay=1.0, threshold=None, size=1600, format="webp")
+    with pytest.raises(RequestError, match="WebP has at most 16383") as caught:
+        draw(maps, plain(RED, size), style)
+    assert caught.value.param == "size"

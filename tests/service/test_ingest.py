@@ -5,12 +5,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import uvicorn
 
 from service.ingest import IngestError, ingest
+from service.keys import add_key
 from service.settings import Settings
 from tests.service.fakes import PATIENCE_S, FakeEncoder, created
 from tests.service.pictures import encoded, noise, png
@@ -21,9 +23,9 @@ REPOSITORY = Path(__file__).parents[2]
 class Service:
     """The service on a port of its own, in a thread."""
 
-    def __init__(self, data_dir: Path, encoder: FakeEncoder) -> None:
+    def __init__(self, data_dir: Path, encoder: FakeEncoder, **given: Any) -> None:
         started = threading.Event()
-        settings = Settings(_env_file=None, data_dir=data_dir)
+        settings = Settings(_env_file=None, data_dir=data_dir, **given)
 
         class Server(uvicorn.Server):
             async def startup(self, *args: object, **kwargs: object) -> None:
@@ -77,10 +79,11 @@ def send(folder: Path, collection: str, url: str) -> tuple[dict[str, int], list[
     return asyncio.run(ingest(folder, collection, url, parallel=3))
 
 
-def command(*arguments: str) -> "subprocess.CompletedProcess[str]":
+def command(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-m", "service.ingest", *arguments],
         cwd=REPOSITORY,
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=300,
@@ -157,6 +160,33 @@ def test_what_cannot_run_says_so_in_one_line(
     assert ended.returncode == 2
     (line,) = ended.stderr.splitlines()
     assert line.startswith("error: the service at http://127.0.0.1:1 cannot be used")
+
+
+def test_a_service_with_keys_is_given_one(folder: Path, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    writing = add_key(keys, "writer", may_write=True)
+    reading = add_key(keys, "reader", may_write=False)
+    running = Service(tmp_path / "data", FakeEncoder(), keys_file=keys)
+    try:
+        sending = (str(folder), "--url", running.url)
+        ended = command(*sending, DINOSCOPE_KEY=writing)
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stdout == "4 created, 0 updated, 0 unchanged, 0 refused\n"
+        ended = command(*sending, "--key", writing, DINOSCOPE_KEY="dinoscope_wrong")
+        assert ended.stdout == "0 created, 0 updated, 4 unchanged, 0 refused\n"
+        for key, told in (
+            ("", "401: a key is needed"),
+            ("dinoscope_wrong", "401: the key"),
+            (reading, "403: the key 'reader' is read-only"),
+            (f"{writing}\n", "visible ASCII"),
+            (f"{writing}\u00e9", "visible ASCII"),
+        ):
+            ended = command(*sending, DINOSCOPE_KEY=key)
+            assert (ended.returncode, ended.stdout) == (2, "")
+            assert told in ended.stderr
+            assert not key or key not in ended.stderr
+    finally:
+        running.stop()
 
 
 def test_mistakes_have_a_message(service: Service, folder: Path, tmp_path: Path) -> None:

@@ -10,14 +10,16 @@ import torch
 from backbone.architectures import Architecture
 from backbone.artifact import Artifact, write_artifact
 from backbone.preprocess import Preprocess
-from service.app import create_app, find_models, make_model
+from service.app import create_app
 from service.encoder import Encoder
 from service.errors import RequestError
+from service.loading import find_models, make_model, share
+from service.metrics import Metrics
 from service.models import Models
 from service.settings import Settings
 from tests.service.answers import error_of, json_of
 from tests.service.conftest import Serve
-from tests.service.fakes import FakeEncoder
+from tests.service.fakes import FakeEncoder, models_of
 from tests.service.pictures import data_uri, png
 
 pytestmark = pytest.mark.anyio
@@ -33,7 +35,7 @@ def other() -> FakeEncoder:
 async def test_a_request_chooses_its_model(
     serve: Serve, encoder: FakeEncoder, other: FakeEncoder
 ) -> None:
-    async with serve(others=[other]) as client:
+    async with serve(others=[other], cache_bytes=0) as client:
         other.calls.clear()
         listed = json_of(await client.get("/v1/models"))["data"]
         assert [model["id"] for model in listed] == ["fake", "other"]
@@ -53,7 +55,7 @@ async def test_a_request_chooses_its_model(
             headers={"Accept": "application/json"},
         )
         assert json_of(answer)["model"] == "other"
-        assert other.calls[-1] == ("attention", 1)
+        assert (str(other.calls[-1][0]), other.calls[-1][1]) == ("attention", 1)
         error = error_of(
             await client.post(EMBEDDINGS, json={"input": data_uri(png(1)), "model": "third"}), 404
         )
@@ -62,13 +64,13 @@ async def test_a_request_chooses_its_model(
 
 
 async def test_a_collection_keeps_its_model(serve: Serve, other: FakeEncoder) -> None:
-    async with serve(others=[other]) as client:
+    async with serve(others=[other], cache_bytes=0) as client:
         made = json_of(await client.put(f"{COLLECTIONS}/c", json={"model": "other"}), 201)
         assert made["model"] == other.info.fingerprint
         other.calls.clear()
         for path in ("images", "search", "copies", "classify?label=x"):
             await client.post(f"{COLLECTIONS}/c/{path}", content=png(1), headers=RAW)
-        assert sorted(task for task, _ in other.calls) == ["cls", "cls", "cls", "copy", "copy"]
+        assert sorted(str(task) for task, _ in other.calls) == ["cls", "cls", "cls", "copy", "copy"]
         again = await client.put(f"{COLLECTIONS}/c", json={"model": "fake"})
         assert "'other', not of 'fake'" in error_of(again, 409, "model_mismatch")["message"]
         assert json_of(await client.put(f"{COLLECTIONS}/c"))["model"] == other.info.fingerprint
@@ -89,10 +91,13 @@ async def test_when_models_are_loaded(load_models: Any, tmp_path: Path) -> None:
             loaded.append(encoder.info.name)
             return encoder
 
-        return make_model(encoder.info, build, settings)
+        return make_model(encoder.info, build, settings, shared)
 
-    models = Models([model(FakeEncoder(name, name)) for name in ("one", "two", "three")])
-    app = create_app(settings, models=models)
+    shared = share(settings, Metrics())
+    models = Models(
+        [model(FakeEncoder(name, name)) for name in ("one", "two", "three")], pool=shared.pool
+    )
+    app = create_app(settings, find=lambda settings, metrics: models)
     async with (
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client,
@@ -112,8 +117,7 @@ def test_models_of_one_name_or_the_same_weights_are_refused() -> None:
     settings = Settings(_env_file=None)
 
     def models(*infos: tuple[str, str]) -> Models:
-        made = [FakeEncoder(*info) for info in infos]
-        return Models([make_model(one.info, lambda one=one: one, settings) for one in made])
+        return models_of(settings, Metrics(), *(FakeEncoder(*info) for info in infos))
 
     with pytest.raises(ValueError, match="two models are named 'a'"):
         models(("a", "1"), ("b", "2"), ("a", "3"))
@@ -136,9 +140,9 @@ def test_settings_name_several_models(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("DINOSCOPE_MODELS", f" mine={path} ,")
     settings = Settings(_env_file=None)
     assert settings.models == (f"mine={path}",)
-    models = find_models(settings)
+    models = find_models(settings, Metrics())
     assert [info.name for info in models.infos] == ["default", "mine"]
     assert models.info("mine").architecture == "vit_tiny/16"
     assert models.loaded == []
-    own = find_models(Settings(_env_file=None, model=str(path), models=("default",)))
+    own = find_models(Settings(_env_file=None, model=str(path), models=("default",)), Metrics())
     assert [info.name for info in own.infos] == ["a=b", "default"]

@@ -213,6 +213,7 @@ async def test_requests_while_a_collection_is_restored(filled: httpx.AsyncClient
             if response.status_code == 404:
                 error_of(response, 404, "collection_not_found")
             seen.setdefault(f"{method} {url}", set()).add(response.status_code)
+            await asyncio.sleep(0)  # readiness is told without a wait, and would keep the loop
 
     tasks = [asyncio.ensure_future(repeat(*request)) for request in requests]
     for _ in range(12):

@@ -1,6 +1,8 @@
 """Pictures of every kind over HTTP: none may be the service's fault."""
 
 import hashlib
+import io
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -8,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from service.images import FORMATS
 from tests.service.answers import error_of, json_of
+from tests.service.conftest import Serve
 from tests.service.fakes import FakeEncoder
 from tests.service.pictures import (
     BLUE,
@@ -72,9 +76,12 @@ async def test_every_format(
     assert far(await seen(client, encoded(noise(1), kind, **options)), noise(1)) <= tolerance
 
 
-def still_of_an_animation() -> tuple[bytes, Image.Image]:
+@pytest.mark.parametrize("kind", ["AVIF", "GIF", "PNG", "TIFF", "WEBP"])
+async def test_the_first_frame_of_several(client: httpx.AsyncClient, kind: str) -> None:
     frames = [plain(GREEN), plain(BLUE)]
-    return encoded(plain(RED), "GIF", save_all=True, append_images=frames), plain(RED)
+    content = encoded(plain(RED), kind, save_all=True, append_images=frames)
+    assert getattr(opened(content), "n_frames", 1) == 3
+    assert far(await seen(client, content), plain(RED)) <= 4
 
 
 def transparent_red(mode: str) -> tuple[bytes, Image.Image]:
@@ -105,7 +112,6 @@ def cmyk() -> tuple[bytes, Image.Image]:
 @pytest.mark.parametrize(
     ("made", "tolerance"),
     [
-        (still_of_an_animation(), 0),
         (transparent_red("RGBA"), 0),
         (transparent_red("P"), 0),
         (grey_ramp(), 1),
@@ -114,7 +120,7 @@ def cmyk() -> tuple[bytes, Image.Image]:
         ((encoded(plain(RED).convert("LA")), plain(RED).convert("L")), 0),
         ((encoded(plain(RED).convert("1")), plain(RED).convert("1")), 0),
     ],
-    ids=["animation", "alpha", "palette", "16 bits", "CMYK", "grey", "grey+alpha", "1 bit"],
+    ids=["alpha", "palette", "16 bits", "CMYK", "grey", "grey+alpha", "1 bit"],
 )
 async def test_every_mode(
     client: httpx.AsyncClient, made: tuple[bytes, Image.Image], tolerance: int
@@ -123,9 +129,22 @@ async def test_every_mode(
     assert far(await seen(client, content), expected) <= tolerance
 
 
-@pytest.mark.parametrize("orientation", [3, 6, 8])
-async def test_exif_orientation(client: httpx.AsyncClient, orientation: int) -> None:
-    upright, content = upright_and_turned(orientation)
+@pytest.mark.parametrize("orientation", range(2, 9))
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("JPEG", {"quality": 95, "subsampling": 0}),
+        ("PNG", {}),
+        ("TIFF", {}),
+        ("WEBP", {"lossless": True}),
+        ("AVIF", {"quality": 95, "subsampling": "4:4:4"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+async def test_exif_orientation(
+    client: httpx.AsyncClient, orientation: int, kind: str, options: dict[str, Any]
+) -> None:
+    upright, content = upright_and_turned(orientation, kind, **options)
     assert far(await seen(client, content), upright) <= 12
 
 
@@ -148,7 +167,19 @@ async def test_odd_sizes_go_all_the_way(client: httpx.AsyncClient, size: tuple[i
 
 
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><rect width="9" height="9"/></svg>'
+FITS = b"".join(
+    line.ljust(80)
+    for line in (
+        b"SIMPLE  =                    T",
+        b"BITPIX  =                    8",
+        b"NAXIS   =                    2",
+        b"NAXIS1  =                    8",
+        b"NAXIS2  =                    8",
+        b"END",
+    )
+).ljust(2880) + bytes(2880)
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+OTHER_FORMATS = ("DDS", "EPS", "ICNS", "ICO", "JPEG2000", "PCX", "PDF", "SGI", "TGA")
 JPEG = encoded(noise(1, (64, 64)), "JPEG")
 
 
@@ -160,8 +191,8 @@ JPEG = encoded(noise(1, (64, 64)), "JPEG")
         (b"\x00" * 1000, 415, "unsupported_image"),
         (SVG, 415, "unsupported_image"),
         (EPS, 415, "unsupported_image"),
-        (encoded(noise(1), "ICO"), 415, "unsupported_image"),
-        (encoded(noise(1), "PDF"), 415, "unsupported_image"),
+        (FITS, 415, "unsupported_image"),
+        *((encoded(noise(1), kind), 415, "unsupported_image") for kind in OTHER_FORMATS),
         (JPEG[: len(JPEG) // 2], 400, "invalid_image"),
         (JPEG[:20], 415, "unsupported_image"),
         (png(1)[:60], 400, "invalid_image"),
@@ -188,7 +219,51 @@ async def test_what_is_refused(
     assert encoder.calls == []
 
 
+def test_pillow_itself_would_open_what_is_refused() -> None:
+    for content, kind in ((FITS, "FITS"), (EPS, "EPS"), (encoded(noise(1), "TGA"), "TGA")):
+        with Image.open(io.BytesIO(content)) as picture:
+            assert picture.format == kind
+
+
 async def test_the_files_name_and_told_type_do_not_matter(client: httpx.AsyncClient) -> None:
     for name, kind in (("cat.exe", "text/plain"), ("../../etc/passwd", "image/svg+xml"), ("a", "")):
         files = {"image": (name, png(1), kind)}
         json_of(await client.post("/v1/embeddings", files=files))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+async def test_files_that_are_cut_short(client: httpx.AsyncClient, kind: str) -> None:
+    content = encoded(noise(1, (64, 48)), kind)
+    for share in (0.1, 0.5, 0.9, 0.99):
+        cut = content[: int(share * len(content))]
+        response = await client.post("/v1/embeddings", content=cut, headers=RAW)
+        error_of(response, response.status_code)
+        assert response.status_code in (400, 415), share
+
+
+async def test_the_whole_content_decides_what_is_the_same(client: httpx.AsyncClient) -> None:
+    """Pictures that differ in what comes after the picture alone are two."""
+    url = "/v1/collections/default/images"
+    start = encoded(noise(77, (300, 200)), "BMP")
+    for tail in (b"1", b"2"):
+        stored = json_of(await client.post(url, content=start + tail, headers=RAW))["images"][0]
+        assert (stored["outcome"], stored["id"]) == (
+            "created",
+            hashlib.sha256(start + tail).hexdigest(),
+        )
+
+
+async def test_identifiers_are_no_paths(serve: Serve, tmp_path: Path) -> None:
+    async with serve() as client:
+        before = {p for p in tmp_path.rglob("*") if "default" not in p.parts}
+        for i, record_id in enumerate(("../../../escaped", "/escaped", "a/../../escaped", "C:\\x")):
+            body = {"images": [{"image": as_base64(png(i)), "id": record_id}]}
+            answer = await client.post("/v1/collections/default/images", json=body)
+            assert json_of(answer)["images"][0]["id"] == record_id
+        for name in ("..%2Fescaped", "%2Fescaped", "a%2F..%2F..%2Fescaped", ".", "a%00b"):
+            response = await client.put(f"/v1/collections/{name}")
+            assert response.status_code in (400, 404, 405), response.text
+            error_of(response, response.status_code)
+        after = {p for p in tmp_path.rglob("*") if "default" not in p.parts}
+        assert after == before
+        assert not list(tmp_path.parent.rglob("*escaped*"))

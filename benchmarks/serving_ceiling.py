@@ -1,0 +1,143 @@
+"""What one process does with pictures without HTTP: `serving.py` asks it over standard input.
+
+Each line is a JSON object whose `do` names a method of `Ceiling`, and is answered by a line.
+Decoding, preprocessing and the network are the service's own, so that what lies between is all that
+HTTP, queues and threads cost.
+"""
+
+import argparse
+import json
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+# A script's own folder comes first in the path.
+sys.path[0] = str(Path(__file__).parents[1])
+
+from backbone.pretrained import load_model
+from service.encoder import Array, TorchEncoder
+from service.images import Limits, decode_reduced
+
+LIMITS = Limits(max_bytes=2**30, max_pixels=10**8)
+
+
+class Ceiling:
+    """Args: folder: holds a folder of picture files for each kind."""
+
+    def __init__(self, folder: Path, model: str) -> None:
+        self._folder = folder
+        self._model = load_model(model)
+        self._encoders: dict[str, TorchEncoder] = {}
+
+    def encoder(self, precision: str) -> TorchEncoder:
+        if precision not in self._encoders:
+            self._encoders[precision] = TorchEncoder(self._model, precision=precision)
+        return self._encoders[precision]
+
+    def files(self, kind: str) -> list[Path]:
+        return sorted((self._folder / kind).iterdir())
+
+    def throughput(
+        self,
+        *,
+        kind: str,
+        seconds: float,
+        decode_threads: int,
+        torch_threads: int,
+        window: int,
+        batch: int = 32,
+    ) -> dict[str, Any]:
+        """Pictures a second: a thread pool decodes, and this thread embeds what is ready.
+
+        `window` pictures are under way at once.
+        """
+        torch.set_num_threads(torch_threads)
+        encoder, files = self.encoder("fp32"), self.files(kind)
+        with ThreadPoolExecutor(decode_threads) as pool:
+            done, number = 0, 0
+            under_way: set[Future[Array]] = set()
+            ready: list[Array] = []
+            start = time.perf_counter()
+            while (now := time.perf_counter()) < start + seconds or under_way or ready:
+                while now < start + seconds and len(under_way) + len(ready) < window:
+                    under_way.add(pool.submit(self.prepare, files[number % len(files)]))
+                    number += 1
+                if under_way:
+                    finished, under_way = wait(
+                        under_way, 0 if ready else None, return_when=FIRST_COMPLETED
+                    )
+                    ready += [future.result() for future in finished]
+                encoder.run("cls", ready[:batch])
+                done += len(ready[:batch])
+                ready = ready[batch:]
+            return {"per_s": done / (time.perf_counter() - start)}
+
+    def single(self, *, kind: str, count: int, torch_threads: int) -> dict[str, Any]:
+        """Seconds of each of `count` pictures, one after another: read, decode, embed."""
+        torch.set_num_threads(torch_threads)
+        encoder, files = self.encoder("fp32"), self.files(kind)
+        seconds_each = []
+        for i in range(count):
+            before = time.perf_counter()
+            encoder.run("cls", [self.prepare(files[i % len(files)])])
+            seconds_each.append(time.perf_counter() - before)
+        return {"seconds_each": seconds_each}
+
+    def precision(
+        self, *, precision: str, files: list[str], batch: int, rounds: int, torch_threads: int
+    ) -> dict[str, Any]:
+        """The network's speed against fp32 on equal batches, and the cosine on whole pictures."""
+        torch.set_num_threads(torch_threads)
+        plain, other = self.encoder("fp32"), self.encoder(precision)
+        inputs = [self.prepare(Path(name)) for name in files]
+        cosines: list[float] = []
+        for start in range(0, len(inputs), batch):
+            some = inputs[start : start + batch]
+            for one, two in zip(plain.run("cls", some), other.run("cls", some), strict=True):
+                cosines.append(float(one @ two / np.linalg.norm(one) / np.linalg.norm(two)))
+        ratios = []
+        some = (inputs * batch)[:batch]
+        for _ in range(rounds):
+            took = []
+            for encoder in (plain, other):
+                before = time.perf_counter()
+                encoder.run("cls", some)
+                took.append(time.perf_counter() - before)
+            ratios.append(took[0] / took[1])
+        return {
+            "speedup": float(np.median(ratios)),
+            "mean_cosine": float(np.mean(cosines)),
+            "min_cosine": min(cosines),
+            "pictures": len(inputs),
+        }
+
+    def prepare(self, file: Path) -> Array:
+        encoder = self.encoder("fp32")
+        decoded = decode_reduced(
+            file.read_bytes(),
+            LIMITS,
+            param=file.name,
+            mode=encoder.info.picture_mode,
+            needed=lambda size: [encoder.needed("cls", size)],
+        )
+        return encoder.prepare("cls", decoded.picture, extent=decoded.extent)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--model", default="default")
+    options = parser.parse_args()
+    ceiling = Ceiling(options.folder, options.model)
+    for line in sys.stdin:
+        command = json.loads(line)
+        print(json.dumps(getattr(ceiling, command.pop("do"))(**command)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
