@@ -287,9 +287,8 @@ class Ann:
 
         None where that takes more than a quick look at a graph.
         """
-        if self._one is None:
-            return None
-        return self._one.search(query, k, effort=self.effort, live=live)
+        one = self._one
+        return None if one is None else one.search(query, k, effort=self.effort, live=live)
 
     def search_rows(self, queries: NDArray[np.float32], among: NDArray[np.int64], k: int) -> Hits:
         """The k nearest to each query among the positions `among` [m], by looking at each of them.

@@ -30,6 +30,7 @@ from service.routes import (
     docs,
     embeddings,
     health,
+    images,
     metrics,
     search,
     snapshots,
@@ -110,8 +111,8 @@ def create_app(
     )
     app.state.lifecycle, app.state.metrics = lifecycle, counted
     add_error_handlers(app)
-    api = (health, metrics, embeddings, attention, collections, snapshots, search, copies, docs)
-    for routes in api:
+    api = (health, metrics, embeddings, attention, collections, images, snapshots, search, copies)
+    for routes in (*api, docs):
         app.include_router(routes.router)
     app.mount(docs.VIEWER, StaticFiles(packages=[docs.VIEWER_FILES]))
     app.router.routes.append(_Page("/", StaticFiles(directory=_WEB, html=True), name="web"))
