@@ -264,10 +264,6 @@ class Mirror:
             matches = self._try_one(space, queries[0], k)
             if matches is not None:
                 return [matches]
-        if chosen is None and not exclude and len(queries) == 1:
-            matches = self._try_one(space, queries[0], k)
-            if matches is not None:
-                return [matches]
         view, mask = self.select(chosen)
         allowed = view.allowed(mask, self.store.rows_of(exclude) if exclude else ())
         found = self.nearest(view, space, queries, k, allowed)
