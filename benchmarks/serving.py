@@ -18,7 +18,8 @@ Clients are raw sockets in one event loop of this process. They share the cores 
 measured, and the ceiling has none. Rounds take turns, and what waits is stopped (SIGSTOP). Each
 figure is the median of the rounds, each ratio the median of the rounds' ratios. Latencies take
 turns in small lots. `attention_vs_embedding` and `search_minus_embedding_ms` are of 500 x 375
-JPEGs and one client; `int8_speedup` is the network's in batches of 16.
+JPEGs and one client; `attention_vs_embedding_same_size` is of a service that computes attention at
+the size of an embedding's input; `int8_speedup` is the network's in batches of 16.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from typing import Any
 # A script's own folder comes first in the path.
 sys.path[0] = str(Path(__file__).parents[1])
 
+from backbone.pretrained import load_model
 from benchmarks.serving_clients import Load, Target, drive
 from benchmarks.serving_pictures import make_pictures, without_end
 from benchmarks.serving_processes import CeilingProcess, LitServe, Server, Service, fill_collection
@@ -46,6 +48,7 @@ FIRST = (
     "throughput_vs_litserve_12mp",
     "latency_vs_ceiling_1",
     "attention_vs_embedding",
+    "attention_vs_embedding_same_size",
     "search_minus_embedding_ms",
     "int8_speedup",
     "int8_mean_cosine",
@@ -117,6 +120,7 @@ class Benchmark:
                 found |= self._latency(ceiling, service)
                 found |= self._attention(service)
             found |= self._int8(ceiling)
+        found |= self._attention_of_same_size()
         found |= self._search()
         return found
 
@@ -244,6 +248,14 @@ class Benchmark:
             "attention": found,
             "attention_vs_embedding": found["jpeg"]["other_ms"] / found["jpeg"]["embedding_ms"],
         }
+
+    def _attention_of_same_size(self) -> dict[str, Any]:
+        side = load_model(self._options.model).artifact.preprocess.crop
+        home = self._folder / "same size"
+        with Service(home, self._options.model, attention_pixels=side) as service:
+            found = self._beside(service, "/v1/attention", "jpeg", self._options.lots)
+        say(f"attention at {side} pixels beside embeddings", found)
+        return {"attention_vs_embedding_same_size": found["other_ms"] / found["embedding_ms"]}
 
     def _search(self) -> dict[str, Any]:
         home = self._folder / "filled"

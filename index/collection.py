@@ -243,13 +243,15 @@ class Collection:
         check_positive(k=k)
         self._check_model(model)
         query = check_query(vector, self._dimension(space), self.metric, described="the query")
-        (matches,) = self._mirror.search(
-            space,
-            query[np.newaxis],
-            k,
-            chosen=None if filter is None else parse_filter(filter),
-            exclude=check_ids(exclude),
-        )
+        excluded = check_ids(exclude)
+        matches = None
+        if filter is None and not excluded:
+            matches = self._mirror.search_one(space, query, k)
+        if matches is None:
+            chosen = None if filter is None else parse_filter(filter)
+            (matches,) = self._mirror.search(
+                space, query[np.newaxis], k, chosen=chosen, exclude=excluded
+            )
         if min_score is None:
             return matches
         return [match for match in matches if match.score >= min_score]

@@ -19,6 +19,7 @@ MAX_ID_CHARACTERS = 512
 MAX_DIMENSION = 65_536
 MAX_DEPTH = 64
 """Of metadata: objects and lists within one another, the outermost counted."""
+_FLOAT32 = np.dtype(np.float32)  # comparing with the type makes one each time
 _MAX_SQUARE = 1e37  # of a vector's length: four times as much is still a float32
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
@@ -175,7 +176,7 @@ def check_query(
     if (
         metric == "cosine"
         and isinstance(vector, np.ndarray)
-        and vector.dtype == np.float32
+        and vector.dtype == _FLOAT32
         and vector.shape == (dimension,)
     ):
         # In one go, as each step costs a search of a few hundred microseconds some of them.

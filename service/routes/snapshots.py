@@ -1,19 +1,25 @@
 """Copies of whole collections: made, listed, downloaded, restored, deleted."""
 
+import re
 from dataclasses import asdict
+from typing import Annotated
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Header
 from fastapi.responses import FileResponse
+from starlette.exceptions import HTTPException
 
 from index.errors import SnapshotNotFound
 from index.snapshots import Snapshot
 from service.collection_schemas import CollectionAnswer, SnapshotAnswer, SnapshotList
+from service.errors import RequestError
 from service.routes.collections import collection_answer
 from service.routes.openapi import ERRORS, CollectionName, SnapshotName, binary
-from service.schemas import Deleted
+from service.schemas import Deleted, ErrorAnswer
 from service.services import Served
 
 _SQLITE = "application/vnd.sqlite3"
+_PART = r"(?:\d{1,18}-\d{0,18}|-\d{1,18})"
+_RANGES = re.compile(rf"bytes *= *{_PART}(?: *, *{_PART})*", re.ASCII | re.IGNORECASE)
 
 router = APIRouter(prefix="/v1/collections/{name}/snapshots", tags=["snapshots"], responses=ERRORS)
 
@@ -47,13 +53,18 @@ def list_snapshots(name: CollectionName, services: Served) -> SnapshotList:
             "description": "The part of it that `Range` asks for.",
         },
         416: {
-            "content": {"text/plain": {"schema": {"type": "string", "description": "nothing"}}},
+            "model": ErrorAnswer,
             "description": "`Range` asks for what lies behind its end.",
         },
     },
 )
 def download_snapshot(
-    name: CollectionName, snapshot: SnapshotName, services: Served
+    name: CollectionName,
+    snapshot: SnapshotName,
+    services: Served,
+    range: Annotated[  # noqa: A002
+        str | None, Header(description="the bytes wanted", examples=["bytes=1048576-"])
+    ] = None,
 ) -> FileResponse:
     """Its file; a part of it where the header `Range` asks for one."""
     path = services.collections.snapshot_path(name, snapshot)
@@ -63,6 +74,8 @@ def download_snapshot(
         raise SnapshotNotFound(
             f"the file of snapshot {snapshot!r} of collection {name!r} has gone"
         ) from error
+    if range is not None:
+        _check_range(range, status.st_size)
     return FileResponse(
         path, media_type=_SQLITE, filename=f"{name}-{path.name}", stat_result=status
     )
@@ -85,6 +98,24 @@ def delete_snapshot(name: CollectionName, snapshot: SnapshotName, services: Serv
     """For good; the collection stays as it is."""
     services.collections.delete_snapshot(name, snapshot)
     return Deleted(deleted=snapshot)
+
+
+def _check_range(header: str, size: int) -> None:
+    """Refuse, in the shape of every error, what `FileResponse` would refuse as plain text."""
+    ranges = re.findall(r"(\d*)-(\d*)", header) if _RANGES.fullmatch(header) else []
+    if not ranges or any(first and last and int(first) > int(last) for first, last in ranges):
+        raise RequestError(
+            f"Range: {header!r} is not of the form 'bytes=FIRST-LAST', 'bytes=FIRST-' or "
+            "'bytes=-COUNT', of which several may stand with commas between",
+            code="invalid_range",
+            param="Range",
+        )
+    if any(int(first) >= size if first else int(last) == 0 for first, last in ranges):
+        raise HTTPException(
+            416,
+            f"Range: {header!r} asks for bytes that are not there; the file has {size}",
+            headers={"Content-Range": f"bytes */{size}"},
+        )
 
 
 def _answer(snapshot: Snapshot) -> SnapshotAnswer:

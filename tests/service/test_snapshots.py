@@ -130,6 +130,39 @@ async def test_download(filled: httpx.AsyncClient, tmp_path: Path) -> None:
     assert part.content == b"SQLite format 3\0"
 
 
+@pytest.mark.parametrize(
+    "header",
+    ["", "bytes", "bytes=", "bytes=-", "bytes=a-b", "bytes=9-3", "pages=1-2", "bytes=1-2,x"],
+)
+async def test_a_range_that_is_none(filled: httpx.AsyncClient, header: str) -> None:
+    made = await take(filled)
+    response = await filled.get(f"{SNAPSHOTS}/{made['name']}", headers={"Range": header})
+    error = error_of(response, 400, "invalid_range")
+    assert error["param"] == "Range"
+    assert f"Range: {header!r} is not" in error["message"]
+
+
+@pytest.mark.parametrize("header", ["bytes={size}-", "bytes=0-1,{size}-", "bytes=-0"])
+async def test_a_range_behind_the_end(filled: httpx.AsyncClient, header: str) -> None:
+    made = await take(filled)
+    asked = header.format(size=made["bytes"])
+    response = await filled.get(f"{SNAPSHOTS}/{made['name']}", headers={"Range": asked})
+    assert f"the file has {made['bytes']}" in error_of(response, 416, "http_error")["message"]
+    assert response.headers["content-range"] == f"bytes */{made['bytes']}"
+
+
+async def test_the_last_bytes_and_several_ranges(filled: httpx.AsyncClient) -> None:
+    made = await take(filled)
+    url = f"{SNAPSHOTS}/{made['name']}"
+    whole = (await filled.get(url)).content
+    last = await filled.get(url, headers={"Range": "bytes=-100"})
+    assert (last.status_code, last.content) == (206, whole[-100:])
+    several = await filled.get(url, headers={"Range": "bytes=0-15, 32-47"})
+    assert several.status_code == 206
+    assert whole[:16] in several.content
+    assert whole[32:48] in several.content
+
+
 async def test_a_snapshot_whose_file_has_gone(filled: httpx.AsyncClient, tmp_path: Path) -> None:
     made = await take(filled)
     (tmp_path / "data" / ".snapshots" / "cats" / f"{made['name']}.sqlite").unlink()
