@@ -120,10 +120,7 @@ class Ann:
         self._pace = Pace(HOLD_S, first=16)
         self._growing: list[GrowingVector] = []
         if kind == "hnsw":
-            codes = faiss.downcast_index(index.storage).codes
-            self._growing = parts_of_graph(
-                index.hnsw, codes, row_bytes=4 * self.dimension, copy=faiss.memcpy, free=_free
-            )
+            self._growing = parts_of_graph(faiss, index, row_bytes=4 * self.dimension)
         in_graph = kind == "hnsw" and metric != "l2"
         self._one = OneQuery(faiss, index, self._lock) if in_graph else None
 
@@ -245,6 +242,12 @@ class Ann:
                     time.sleep(held_s)
         return added
 
+    def settle(self, *, should_stop: Callable[[], bool] = lambda: False) -> None:
+        """Make searches faster once rows were added or loaded; they go on, additions wait."""
+        with self._adding:
+            for part in self._growing:
+                part.settle(should_stop)
+
     def search(
         self,
         queries: NDArray[np.float32],
@@ -355,14 +358,6 @@ class Ann:
     def _reserve(self, rows: int) -> None:
         for part in self._growing:
             part.reserve(rows, self._lock)
-
-
-def _free(vector: Any) -> None:
-    """Python's own freeing holds the interpreter lock, 50 ms a gigabyte; faiss's calls do not."""
-    if isinstance(vector, faiss.UInt8Vector):
-        holder = faiss.IndexFlatL2(1)
-        holder.codes.owned_data.swap(vector)
-        holder.permute_entries(np.empty(0, np.int64))
 
 
 @contextmanager

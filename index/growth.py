@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
+from index.large_pages import use_large_pages
 from index.locks import ReadWriteLock
 
 # An eighth: copying everything about 8 times on the way to a large structure is next to nothing
@@ -40,6 +43,7 @@ class GrowingVector:
         self._item_bytes, self._items_a_row, self._spare = item_bytes, items_a_row, spare
         self._copy, self._free = copy, free
         self._room = int(inner.size())  # the least that it can be: it cannot be asked
+        self._is_settled = False
 
     @property
     def memory_bytes(self) -> int:
@@ -64,19 +68,27 @@ class GrowingVector:
         with lock.writing():
             self._inner.swap(larger)
             self._outer.resize(size)  # less than there is room for, so nothing moves
-        self._room = room
+        self._room, self._is_settled = room, False
         self._free(larger)
 
+    def settle(self, should_stop: Callable[[], bool]) -> None:
+        """Put it on large pages where it now is. For the thread that changes the structure."""
+        if self._room and not self._is_settled:
+            at = int(self._inner.data())
+            self._is_settled = use_large_pages(at, self.memory_bytes, should_stop=should_stop)
 
-def parts_of_graph(
-    graph: Any,
-    codes: Any,
-    *,
-    row_bytes: int,
-    copy: Callable[[Any, Any, int], object],
-    free: Callable[[Any], None],
-) -> list[GrowingVector]:
-    """What grows with each row of faiss's HNSW `graph` and of the `codes` of its flat storage."""
+
+def parts_of_graph(faiss: Any, index: Any, *, row_bytes: int) -> list[GrowingVector]:
+    """What grows with each row of an `IndexHNSWFlat`: its graph, and the codes of its storage."""
+    graph, codes = index.hnsw, faiss.downcast_index(index.storage).codes
+
+    def free(vector: Any) -> None:
+        # Python's own freeing holds the interpreter lock, 50 ms a gigabyte; faiss's calls do not.
+        if isinstance(vector, faiss.UInt8Vector):
+            holder = faiss.IndexFlatL2(1)
+            holder.codes.owned_data.swap(vector)
+            holder.permute_entries(np.empty(0, np.int64))
+
     links = int(graph.nb_neighbors(1))
     parts = [
         (codes, codes.owned_data, 1, row_bytes, 0),
@@ -92,7 +104,7 @@ def parts_of_graph(
             item_bytes=item_bytes,
             items_a_row=items,
             spare=spare,
-            copy=copy,
+            copy=faiss.memcpy,
             free=free,
         )
         for outer, inner, item_bytes, items, spare in parts

@@ -122,9 +122,11 @@ class Maintenance:
         for name in mirror.store.spaces:
             if kind not in ("flat", "mapped"):
                 yield from self._absorb(name, kind)
-            if mirror.view.spaces[name].ann is None:
+            if (ann := mirror.view.spaces[name].ann) is None:
                 self.recall[name] = 1.0
                 continue
+            ann.settle(should_stop=self._should_stop)
+            yield
             yield from self._tune(name)
             unsaved, rows = self._unsaved_rows(name), mirror.view.spaces[name].built
             if unsaved >= max(self._policy.save_rows, self._policy.save_share * rows):
