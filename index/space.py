@@ -112,7 +112,7 @@ class Space:
 
         None where it takes more than one look at a graph that has all rows.
         """
-        if self.ann is None or self.built != self.rows:
+        if self.ann is None or self.built != self.rows or k > self.rows:
             return None
         found = self.ann.search_one(query, k, live)
         # The graph may have been given rows that are not of this value.

@@ -101,17 +101,22 @@ class Admission:
             await _read_away(receive)
             await response(scope, receive, send)
             return
-        if not self._under_way:
-            self._last_through = time.monotonic()  # nobody was there to get through before
         self._under_way += 1
         try:
             await self._app(scope, receive, send)
         finally:
             self._under_way -= 1
-            if measurements.current().error_code is None:
-                now = time.monotonic()
-                self._interval_s += 0.1 * (now - self._last_through - self._interval_s)
-                self._last_through = now
+            self._count(measurements.current())
+
+    def _count(self, request: measurements.Measurements) -> None:
+        """Learn from a request that has ended how fast they get through."""
+        if request.error_code is not None or request.client_left:
+            return
+        now, whole = time.monotonic(), request.body_read or request.started
+        # While a body is awaited (another's may have been coming all the time), nothing is slow.
+        interval_s = now - max(self._last_through, whole)
+        self._interval_s += 0.1 * (interval_s - self._interval_s)
+        self._last_through = now
 
     def _why_not(self) -> str | None:
         """Why one more request cannot be let in; None where it can."""

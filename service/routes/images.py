@@ -1,6 +1,5 @@
 """The pictures in a collection: added, listed, looked at, deleted."""
 
-import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,7 +73,7 @@ async def add_images(
     """Durable when the answer comes. A bad picture fails alone, unless it is the only one."""
     collection, vision = await services.open(name)
     incoming, on_duplicate = await _read_images(request, services, query)
-    results = await asyncio.gather(*(_prepare(collection, vision, image) for image in incoming))
+    results = await all_or_none(_prepare(collection, vision, image) for image in incoming)
     if len(results) == 1 and isinstance(results[0], RequestError):
         raise results[0]
     new = _to_be_written([r for r in results if isinstance(r, _Ready)], on_duplicate)

@@ -65,6 +65,9 @@ def download_snapshot(
     range: Annotated[  # noqa: A002
         str | None, Header(description="the bytes wanted", examples=["bytes=1048576-"])
     ] = None,
+    if_range: Annotated[
+        str | None, Header(description="an `ETag`: of another file `Range` counts for nothing")
+    ] = None,
 ) -> FileResponse:
     """Its file; a part of it where the header `Range` asks for one."""
     path = services.collections.snapshot_path(name, snapshot)
@@ -74,11 +77,13 @@ def download_snapshot(
         raise SnapshotNotFound(
             f"the file of snapshot {snapshot!r} of collection {name!r} has gone"
         ) from error
-    if range is not None:
-        _check_range(range, status.st_size)
-    return FileResponse(
+    response = FileResponse(
         path, media_type=_SQLITE, filename=f"{name}-{path.name}", stat_result=status
     )
+    is_same = if_range in (None, response.headers["etag"], response.headers["last-modified"])
+    if range is not None and is_same:
+        _check_range(range, status.st_size)
+    return response
 
 
 @router.post("/{snapshot}/restore", summary="Put a collection back to a snapshot")

@@ -37,26 +37,26 @@ def test_what_is_moved_stays_what_it_is() -> None:
     rows = np.frombuffer(mmap.mmap(-1, 64 * _MIB, flags=flags), np.uint8)
     rows[:] = np.random.default_rng(0).integers(256, size=len(rows), dtype=np.uint8)
     before = rows.copy()
-    at = on_large_pages()
+    at = on_large_pages() if system_has_them() else 0
     assert use_large_pages(rows.ctypes.data, rows.nbytes)
     np.testing.assert_array_equal(rows, before)
     if system_has_them():
-        assert on_large_pages() - at >= 32 * _MIB
+        assert on_large_pages() > at  # all of it, but where the memory is in pieces
 
 
 @pytest.mark.parametrize("size", [0, 1, 4096, 2 * _MIB])
 def test_what_is_too_small_is_left_alone(size: int) -> None:
     rows = np.zeros(4 * _MIB, np.uint8)
     inside = rows.ctypes.data + 1
-    assert use_large_pages(inside, size)
+    assert use_large_pages(inside, size, should_stop=lambda: pytest.fail("some of it was moved"))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="large pages are asked for on Linux alone")
 def test_it_can_be_stopped_and_done_again() -> None:
     rows = np.ones(200 * _MIB, np.uint8)
     answers = iter([False, True])
-    assert not use_large_pages(
-        rows.ctypes.data, rows.nbytes, should_stop=lambda: next(answers)
-    )  # after the first of its pieces
+    was_done = use_large_pages(rows.ctypes.data, rows.nbytes, should_stop=lambda: next(answers))
+    assert was_done is not system_has_them()  # stopped after the first of its pieces
     assert use_large_pages(rows.ctypes.data, rows.nbytes)
     assert rows.all()
 
@@ -71,6 +71,7 @@ def test_a_graph_answers_as_before_and_grows_on(tmp_path: Path) -> None:
     whole = Live(np.full(1250, 255, np.uint8), 10_000)
     found = [ann.search_one(query, 5, whole) for query in vectors[:50]]
     ann.settle()
+    assert None not in found
     assert [ann.search_one(query, 5, whole) for query in vectors[:50]] == found
     ann.add(vectors[10_000:])  # moves everything elsewhere
     ann.settle(should_stop=lambda: True)

@@ -151,6 +151,17 @@ async def test_a_range_behind_the_end(filled: httpx.AsyncClient, header: str) ->
     assert response.headers["content-range"] == f"bytes */{made['bytes']}"
 
 
+async def test_a_range_of_another_file_counts_for_nothing(filled: httpx.AsyncClient) -> None:
+    made = await take(filled)
+    url = f"{SNAPSHOTS}/{made['name']}"
+    whole = await filled.get(url)
+    asked = {"Range": f"bytes={made['bytes']}-"}
+    other = await filled.get(url, headers={**asked, "If-Range": '"stale"'})
+    assert (other.status_code, other.content) == (200, whole.content)
+    same = await filled.get(url, headers={**asked, "If-Range": whole.headers["etag"]})
+    error_of(same, 416, "http_error")
+
+
 async def test_the_last_bytes_and_several_ranges(filled: httpx.AsyncClient) -> None:
     made = await take(filled)
     url = f"{SNAPSHOTS}/{made['name']}"
