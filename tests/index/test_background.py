@@ -167,11 +167,12 @@ def test_background_work_that_fails_is_told_and_done_again(
         collection = collections.create("c", spaces={"cls": DIMENSION}, model=MODEL, settings=HNSW)
         collection.upsert(records(rows[:2000]))
         for _ in range(600):
-            if collection.stats().spaces["cls"].kind == "hnsw":
+            space = collection.stats().spaces["cls"]
+            if space.kind == "hnsw" and not space.pending:  # it is there, empty, before it fails
                 break
             assert collection.search(rows[3], k=1)[0].id == "r3"  # all the while
             threading.Event().wait(0.1)
-        collection.wait_until_built(timeout_s=60)
+        assert collection.wait_until_built(timeout_s=60)
         assert "no memory for the graph" in caplog.text
         assert collection.stats().spaces["cls"].pending == 0
         assert recall_at_10(collection, rows[:2000]) > 0.97
