@@ -243,7 +243,11 @@ class Ann:
         return added
 
     def settle(self, *, should_stop: Callable[[], bool] = lambda: False) -> None:
-        """Make searches faster once rows were added or loaded; they go on, additions wait."""
+        """Put a graph on large pages once rows were added or loaded, for faster searches.
+
+        Searches go on meanwhile, additions wait. `should_stop` is asked between pieces of 64 MiB;
+        what is left then is done by the next call. Where the system refuses, nothing changes.
+        """
         with self._adding:
             for part in self._growing:
                 part.settle(should_stop)
