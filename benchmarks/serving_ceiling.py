@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 # A script's own folder comes first in the path.
 sys.path[0] = str(Path(__file__).parents[1])
@@ -22,6 +21,7 @@ sys.path[0] = str(Path(__file__).parents[1])
 from backbone.pretrained import load_model
 from service.encoder import Array, TorchEncoder
 from service.images import Limits, decode_reduced
+from service.precision import Precision
 
 LIMITS = Limits(max_bytes=2**30, max_pixels=10**8)
 
@@ -32,12 +32,14 @@ class Ceiling:
     def __init__(self, folder: Path, model: str) -> None:
         self._folder = folder
         self._model = load_model(model)
-        self._encoders: dict[str, TorchEncoder] = {}
+        self._preparing = TorchEncoder(self._model)
+        self._encoders: dict[tuple[Precision, int], TorchEncoder] = {}
 
-    def encoder(self, precision: str) -> TorchEncoder:
-        if precision not in self._encoders:
-            self._encoders[precision] = TorchEncoder(self._model, precision=precision)
-        return self._encoders[precision]
+    def encoder(self, precision: Precision, threads: int) -> TorchEncoder:
+        key = precision, threads
+        if key not in self._encoders:
+            self._encoders[key] = TorchEncoder(self._model, precision=precision, threads=threads)
+        return self._encoders[key]
 
     def files(self, kind: str) -> list[Path]:
         return sorted((self._folder / kind).iterdir())
@@ -56,8 +58,7 @@ class Ceiling:
 
         `window` pictures are under way at once.
         """
-        torch.set_num_threads(torch_threads)
-        encoder, files = self.encoder("fp32"), self.files(kind)
+        encoder, files = self.encoder("fp32", torch_threads), self.files(kind)
         with ThreadPoolExecutor(decode_threads) as pool:
             done, number = 0, 0
             under_way: set[Future[Array]] = set()
@@ -79,8 +80,7 @@ class Ceiling:
 
     def single(self, *, kind: str, count: int, torch_threads: int) -> dict[str, Any]:
         """Seconds of each of `count` pictures, one after another: read, decode, embed."""
-        torch.set_num_threads(torch_threads)
-        encoder, files = self.encoder("fp32"), self.files(kind)
+        encoder, files = self.encoder("fp32", torch_threads), self.files(kind)
         seconds_each = []
         for i in range(count):
             before = time.perf_counter()
@@ -89,11 +89,10 @@ class Ceiling:
         return {"seconds_each": seconds_each}
 
     def precision(
-        self, *, precision: str, files: list[str], batch: int, rounds: int, torch_threads: int
+        self, *, precision: Precision, files: list[str], batch: int, rounds: int, torch_threads: int
     ) -> dict[str, Any]:
         """The network's speed against fp32 on equal batches, and the cosine on whole pictures."""
-        torch.set_num_threads(torch_threads)
-        plain, other = self.encoder("fp32"), self.encoder(precision)
+        plain, other = (self.encoder(one, torch_threads) for one in ("fp32", precision))
         inputs = [self.prepare(Path(name)) for name in files]
         cosines: list[float] = []
         for start in range(0, len(inputs), batch):
@@ -117,15 +116,14 @@ class Ceiling:
         }
 
     def prepare(self, file: Path) -> Array:
-        encoder = self.encoder("fp32")
         decoded = decode_reduced(
             file.read_bytes(),
             LIMITS,
             param=file.name,
-            mode=encoder.info.picture_mode,
-            needed=lambda size: [encoder.needed("cls", size)],
+            mode=self._preparing.info.picture_mode,
+            needed=lambda size: [self._preparing.needed("cls", size)],
         )
-        return encoder.prepare("cls", decoded.picture, extent=decoded.extent)
+        return self._preparing.prepare("cls", decoded.picture, extent=decoded.extent)
 
 
 def main() -> None:

@@ -94,7 +94,8 @@ class UpsertOutcome:
 
     Attributes:
         outcome: "created", "updated" or "unchanged"; "exists" where `insert` found the id taken;
-            "skipped" where another record has the same content.
+            "skipped" where another record has the same content. Where a record's content hash is
+            the same, vectors that differ by rounding alone are unchanged, and those of before stay.
         same_as: the id of the record that has the same content and stands in this one's place.
     """
 

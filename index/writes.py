@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from index.records import CheckedRecord, OnDuplicate, Outcome, UpsertOutcome
 from index.store import Store, rows_of
 
+_ROUNDING = 1e-5  # of a model that computes one picture in batches of several sizes
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Changes:
@@ -203,14 +205,13 @@ class _Batch:
         stored = known.vectors
         if stored is None:
             stored = self._store.stored_vectors(self._connection, known.row)
+        is_same_content = known.content_hash == record.content_hash
+        rounding = _ROUNDING if is_same_content and known.content_hash is not None else 0.0
         has_new_vectors = any(
-            stored[space].tobytes() != vector.tobytes() for space, vector in record.vectors.items()
+            not _are_equal(stored[space], vector, rounding)
+            for space, vector in record.vectors.items()
         )
-        if (
-            not has_new_vectors
-            and known.metadata == record.metadata_json
-            and known.content_hash == record.content_hash
-        ):
+        if not has_new_vectors and known.metadata == record.metadata_json and is_same_content:
             return "unchanged"
         known.metadata = record.metadata_json
         known.content_hash = record.content_hash
@@ -252,3 +253,10 @@ def _vector_rows(
     for known in records:
         if known.vectors is not None:
             yield known.row, np.ascontiguousarray(known.vectors[space], dtype="<f4")
+
+
+def _are_equal(one: NDArray[np.float32], other: NDArray[np.float32], rounding: float) -> bool:
+    """Whether they differ by no more than that share of their length."""
+    if not rounding or one.tobytes() == other.tobytes():
+        return one.tobytes() == other.tobytes()
+    return bool(np.linalg.norm(one - other) <= rounding * np.linalg.norm(one))

@@ -19,6 +19,7 @@ from backbone.pictures import Mode
 from backbone.preprocess import Extent
 from backbone.pretrained import NamedModel
 from backbone.vit import VisionTransformer
+from service.lanes import Lanes
 from service.patch_maps import Point, patch_at
 from service.precision import Precision, in_precision
 
@@ -110,11 +111,11 @@ class Encoder(Protocol):
     def run(self, task: Task, inputs: Sequence[Array]) -> list[Array]:
         """Inputs of one shape -> for each what `Task` says, by one forward pass.
 
-        Runs in the model's one thread.
+        Called by the model's one thread.
         """
 
-    def batch_sizes(self, most: int) -> list[int]:
-        """Those, up to `most`, that must have run once for the first request to be fast."""
+    def warm_up(self, task: Task, prepared: Array, *, most: int) -> None:
+        """Runs what must have run once for requests to be fast, in batches of up to `most`."""
 
     def similarity(self, cls: Array) -> Array:
         """CLS embeddings [n, D] of any length -> what collections hold and search, [n, D]."""
@@ -132,6 +133,7 @@ class TorchEncoder:
             as the original draws it.
         precision: see `service.precision`.
         compiled: None: where the device is CUDA.
+        threads: on the CPU; None is torch's own number.
 
     Raises:
         ValueError: CUDA was asked for and is not there, or the model takes pictures of a number of
@@ -146,16 +148,20 @@ class TorchEncoder:
         attention_pixels: int = 0,
         precision: Precision = "fp32",
         compiled: bool | None = None,
+        threads: int | None = None,
     ) -> None:
         self.info = model_info(model, precision)
         self._device = torch.device(check_device(device))
         artifact = model.artifact
         network = artifact.network().to(self._device)
-        self._network = in_precision(network, precision, self._device)
+        tokens = (artifact.preprocess.crop // (artifact.architecture.patch_size or 1)) ** 2 + 1
+        self._network = in_precision(network, precision, self._device, tokens=tokens)
         self._precision = precision
         self._compiled = self._device.type == "cuda" if compiled is None else compiled
         if self._compiled:
             self._network.compile(dynamic=False)
+        in_parts = self._device.type == "cpu" and not self._compiled
+        self._lanes = Lanes(threads or torch.get_num_threads()) if in_parts else None
         self._preprocess = artifact.preprocess
         self._whitening = artifact.whitening
         self._patch = artifact.architecture.patch_size
@@ -186,19 +192,30 @@ class TorchEncoder:
         return math.ceil(SPARE * view[0]), math.ceil(SPARE * view[1])
 
     def run(self, task: Task, inputs: Sequence[Array]) -> list[Array]:
-        """See `Encoder`."""
+        """See `Encoder`; the parts of a batch run side by side on the CPU, in `Lanes`."""
         batch = torch.from_numpy(np.stack(inputs))
         if self._compiled:
             batch = F.pad(batch, (0, 0) * 3 + (0, _bucket(len(inputs)) - len(inputs)))
-        autocast = torch.autocast(
-            self._device.type, torch.bfloat16, enabled=self._precision == "bf16"
-        )
-        with torch.inference_mode(), autocast:
-            results = self._results(task, batch.to(self._device)).float().cpu().numpy()
-        return list(results[: len(inputs)])
+
+        def compute(part: Tensor) -> Tensor:
+            autocast = torch.autocast(
+                self._device.type, torch.bfloat16, enabled=self._precision == "bf16"
+            )
+            with torch.inference_mode(), autocast:
+                return self._results(task, part.to(self._device)).float().cpu()
+
+        results = compute(batch) if self._lanes is None else self._lanes.run(compute, batch)
+        return list(results[: len(inputs)].numpy())
+
+    def warm_up(self, task: Task, prepared: Array, *, most: int) -> None:
+        """See `Encoder`: every power of two where the network is compiled."""
+        for size in self.batch_sizes(most):
+            self.run(task, [prepared] * size)
+        if self._lanes is not None and task == "cls":
+            self._lanes.measure(lambda: self.run(task, [prepared]))
 
     def batch_sizes(self, most: int) -> list[int]:
-        """See `Encoder`: every power of two where the network is compiled."""
+        """Those, up to `most`, that must have run once for the first request to be fast."""
         if not self._compiled:
             return [1]
         return [1 << i for i in range(_bucket(most).bit_length())]

@@ -13,11 +13,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from backbone.descriptors import mass_mask
+from service import png
 from service.errors import RequestError
 
 Colormap = Literal["viridis", "inferno", "magma", "plasma", "cividis", "turbo", "jet", "gray"]
 COLORMAPS: tuple[Colormap, ...] = get_args(Colormap)
 PictureFormat = Literal["png", "webp"]
+_LEVELS = 256  # colours of a colour map
 _GAP = 4  # pixels between the heads of a grid
 _WEBP_SIDE = 16383  # the most pixels of a side that the format has room for
 _WEBP_QUALITY = 90
@@ -85,13 +87,22 @@ def _background(picture: Image.Image, style: Style) -> Image.Image:
 
 def _heat(attention: Maps, size: tuple[int, int], style: Style) -> Pixels:
     heat = _resize(attention / max(float(attention.max()), 1e-12), *size)
-    colours: Pixels = matplotlib.colormaps[style.colormap](heat, bytes=True)[..., :3]
+    levels = np.minimum(heat * _LEVELS, _LEVELS - 1).astype(np.uint8)
+    colours = np.asarray(_with_palette(levels, style.colormap).convert("RGB"))
     if style.threshold is None:
         return colours
     mask = mass_mask(torch.tensor(attention.reshape(1, -1)), style.threshold)
     kept = Image.fromarray(mask.numpy().reshape(attention.shape).astype(np.uint8) * 255)
     inside = np.asarray(kept.resize(size, Image.Resampling.NEAREST)) > 0
     return np.where(inside[..., None], colours, np.uint8(0))  # what is left out goes dark
+
+
+def _with_palette(levels: Pixels, colormap: Colormap) -> Image.Image:
+    """Numbers of colours as a picture: faster than matplotlib's own call for each pixel."""
+    coloured = Image.fromarray(levels)
+    table = matplotlib.colormaps[colormap](np.arange(_LEVELS), bytes=True)[:, :3]
+    coloured.putpalette(table.tobytes())
+    return coloured
 
 
 def _blend(background: Image.Image, colours: Pixels, style: Style) -> Image.Image:
@@ -127,10 +138,8 @@ def _sheet(tiles: Sequence[Image.Image]) -> Image.Image:
 
 
 def _encoded(sheet: Image.Image, kind: PictureFormat) -> bytes:
-    buffer = io.BytesIO()
     if kind == "png":
-        sheet.save(buffer, "PNG", compress_level=1)  # 3 takes half as long again for 4% less
-        return buffer.getvalue()
+        return png.encode(sheet)
     if max(sheet.size) > _WEBP_SIDE:
         raise RequestError(
             f"size: all heads together are {sheet.width} x {sheet.height} pixels, and a side of a "
@@ -138,6 +147,7 @@ def _encoded(sheet: Image.Image, kind: PictureFormat) -> bytes:
             code="picture_too_large",
             param="size",
         )
+    buffer = io.BytesIO()
     sheet.save(buffer, "WEBP", quality=_WEBP_QUALITY)
     return buffer.getvalue()
 

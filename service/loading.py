@@ -5,8 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
-
 from backbone.pretrained import NamedModel, check_name, load_model
 from service.addresses import parse_allowances
 from service.decode_pool import DecodePool
@@ -40,8 +38,6 @@ def find_models(settings: Settings, metrics: Metrics) -> Models:
         ValueError: the device is not there, or two models have one name.
     """
     check_device(settings.device)
-    if settings.torch_threads:
-        torch.set_num_threads(settings.torch_threads)
     shared = share(settings, metrics)
     found = []
     for given in (settings.model, *settings.models):
@@ -53,6 +49,7 @@ def find_models(settings: Settings, metrics: Metrics) -> Models:
                 device=settings.device,
                 attention_pixels=settings.attention_pixels,
                 precision=settings.precision,
+                threads=settings.torch_threads or None,
             )
 
         info = model_info(find(), settings.precision)

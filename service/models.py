@@ -80,6 +80,10 @@ class Models:
         """The model that made such vectors, if it is served."""
         return next((each for each in self.infos if each.fingerprint == fingerprint), None)
 
+    def ready(self, name: str | None) -> Vision | None:
+        """A model at work, where it is loaded; see `vision`, which may take seconds."""
+        return None if self._closed else self._find(name).vision
+
     def vision(self, name: str | None) -> Vision:
         """A model at work, loaded now where it was not; the default without a name.
 

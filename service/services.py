@@ -26,6 +26,9 @@ class Services:
 
     async def vision(self, model: str | None) -> Vision:
         """A served model, the default without a name; see `Models.vision`."""
+        ready = self.models.ready(model)
+        if ready is not None:
+            return ready
         return await anyio.to_thread.run_sync(self.models.vision, model)
 
     @property
@@ -69,8 +72,11 @@ def spaces_of(info: ModelInfo) -> dict[str, int]:
     return {"cls": info.embedding_size, "copy": info.copy_embedding_size}
 
 
-def get_services(request: Request) -> Services:
-    """The services of the application that a request came to; it comes when they are there."""
+async def get_services(request: Request) -> Services:
+    """The services of the application that a request came to; it comes when they are there.
+
+    A coroutine, because FastAPI calls a plain function in a thread.
+    """
     return cast(Services, request.app.state.lifecycle.services)
 
 

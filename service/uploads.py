@@ -1,9 +1,10 @@
 """How pictures come in a request: multipart, a raw body, or JSON; and the limit on its size."""
 
 import json
+import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import FormData, UploadFile
-from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from index.errors import InvalidFilter
@@ -264,15 +265,25 @@ def parse_filter(text: str | None) -> Any:
         raise InvalidFilter(f"filter: it is not JSON: {error}") from error
 
 
+class _FormParser(MultiPartParser):
+    """Keeps files in memory, where they are wanted; Starlette writes large ones to the disk."""
+
+    spool_max_size = sys.maxsize  # the body is limited: `BodyLimit`
+
+
 @asynccontextmanager
 async def _form(request: Request, max_pictures: int) -> AsyncIterator[FormData]:
     try:
-        form = await request.form(max_files=max_pictures, max_fields=2 * max_pictures + 2)
-    except HTTPException as error:
-        if error.detail.startswith("Too many files"):
+        async with aclosing(request.stream()) as stream:
+            parser = _FormParser(
+                request.headers, stream, max_files=max_pictures, max_fields=2 * max_pictures + 2
+            )
+            form = await parser.parse()
+    except MultiPartException as error:
+        if error.message.startswith("Too many files"):
             raise _too_many(max_pictures, param="image") from error
         raise RequestError(
-            f"the form cannot be read: {error.detail}", code="invalid_form"
+            f"the form cannot be read: {error.message}", code="invalid_form"
         ) from error
     try:
         yield form

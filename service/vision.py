@@ -209,8 +209,7 @@ class Vision:
         """Runs each task, so that the first request finds everything loaded."""
         for task in self.info.tasks:
             prepared = self._encoder.prepare(task, _grey())
-            for size in self._encoder.batch_sizes(self._max_batch):
-                self._encoder.run(task, [prepared] * size)
+            self._encoder.warm_up(task, prepared, most=self._max_batch)
 
     async def probe(self) -> None:
         """Sends a grey picture through the model, as a request would; raises what it would."""

@@ -48,6 +48,24 @@ def test_outcomes(collection: Collection) -> None:
     assert collection.upsert([]) == []
 
 
+@pytest.mark.parametrize(
+    ("content_hash", "by", "expected"),
+    [("same", 1e-6, "unchanged"), ("same", 1e-3, "updated"), (None, 1e-6, "updated")],
+)
+def test_the_same_content_with_other_rounding(
+    collection: Collection, content_hash: str | None, by: float, expected: str
+) -> None:
+    first = vectors(1)
+    second = {space: (vector * (1 + by)).astype(np.float32) for space, vector in first.items()}
+    assert outcomes(collection, NewRecord("a", first, {}, content_hash)) == ["created"]
+
+    assert outcomes(collection, NewRecord("a", second, {}, content_hash)) == [expected]
+
+    kept = first if expected == "unchanged" else second
+    got = collection.get("a", with_vectors=True)
+    np.testing.assert_array_equal(got.vectors["cls"], kept["cls"])
+
+
 def test_of_an_id_twice_in_one_call_the_last_stays(collection: Collection) -> None:
     assert outcomes(collection, record("a", 1), record("a", 2), record("a", 2), record("b", 3)) == [
         "created",

@@ -67,8 +67,8 @@ class FakeEncoder:
     def needed(self, task: Task, size: tuple[int, int]) -> tuple[int, int]:
         return size
 
-    def batch_sizes(self, most: int) -> list[int]:
-        return [1]
+    def warm_up(self, task: Task, prepared: Array, *, most: int) -> None:
+        self.run(task, [prepared])
 
     def run(self, task: Task, inputs: Sequence[Array]) -> list[Array]:
         self.calls.append((task, len(inputs)))

@@ -14,6 +14,7 @@ from backbone.attention import rollout
 from backbone.descriptors import copy_descriptor
 from backbone.preprocess import Preprocess
 from backbone.pretrained import NamedModel, load_model
+from service import precision
 from service.encoder import FEATURES, AttentionTask, Task, TorchEncoder, batch_kind
 from service.patch_maps import patch_at
 from service.precision import Precision, in_precision
@@ -185,12 +186,30 @@ def test_a_device_that_is_not_there(model: NamedModel) -> None:
         TorchEncoder(model, device="cuda")
 
 
-def test_fp32_is_exact(encoder: TorchEncoder, model: NamedModel) -> None:
-    """The packed layers and the last block for CLS alone round differently, and no more."""
-    network = model.artifact.network()
-    batch = [encoder.prepare("cls", noise(seed)) for seed in range(3)]
-    expected = network(torch.from_numpy(np.stack(batch))).cls
-    assert np.allclose(encoder.run("cls", batch), expected.detach(), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    ("in_one_call", "few", "threads"),
+    [(False, 128, 1), (True, 128, 1), (True, 5, 1), (True, 128, 2)],
+)
+def test_fp32_is_exact(
+    model: NamedModel,
+    task: Task,
+    in_one_call: bool,
+    few: int,
+    threads: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Packed layers, blocks as one call and parts of a batch round differently, and no more."""
+    monkeypatch.setattr(precision, "_is_as_fast", lambda *_: in_one_call)
+    monkeypatch.setattr(precision, "_FEW_TOKENS", few)
+    fast = TorchEncoder(model, device="cpu", threads=threads)
+    kinds = {type(module) for module in fast._network.modules()}
+    assert (precision._WholeBlock in kinds) == in_one_call
+    plain_one = TorchEncoder(model, device="cpu", threads=1)
+    plain_one._network = model.artifact.network()
+    batch = [fast.prepare(task, noise(seed, (48, 48))) for seed in range(3)]
+    found, expected = fast.run(task, batch), plain_one.run(task, batch)
+    assert np.allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])

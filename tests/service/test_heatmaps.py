@@ -1,11 +1,12 @@
 import io
 
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
 
 from service.errors import RequestError
-from service.heatmaps import Style, draw, draw_components
+from service.heatmaps import COLORMAPS, Colormap, Style, draw, draw_components
 from tests.service.pictures import RED, noise, plain
 
 MAP = np.array([[0.0, 0.1], [0.2, 0.7]], dtype=np.float32)
@@ -21,6 +22,15 @@ def test_the_strongest_patch_is_white_and_the_weakest_black() -> None:
     drawn = sheet(MAP[None], plain(RED, (64, 64)))
     assert drawn[-1, -1].tolist() == [255, 255, 255]
     assert drawn[0, 0].max() <= 8
+
+
+@pytest.mark.parametrize("colormap", COLORMAPS)
+def test_colours_are_matplotlibs(colormap: Colormap) -> None:
+    levels = np.linspace(0.0, 1.0, 1000, dtype=np.float32)
+
+    drawn = sheet(levels[None, None], plain(RED, (1000, 1)), colormap=colormap)
+
+    assert np.array_equal(drawn[0], matplotlib.colormaps[colormap](levels, bytes=True)[:, :3])
 
 
 @pytest.mark.parametrize(
