@@ -17,6 +17,7 @@ from index.commits import GroupCommit
 from index.errors import StoreDamaged
 from index.filters import Filter
 from index.records import Match, prepared
+from index.side_by_side import side_by_side
 from index.space import Found, Mask, Positions, Space
 from index.store import Store
 from index.view import Rows, View
@@ -25,7 +26,7 @@ from index.writes import Changes
 T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 _TRIES = 5
-_QUERIES_AT_ONCE = 256
+_QUERIES_AT_ONCE = 128
 _TAKEN_AT_ONCE = 4096
 
 
@@ -190,20 +191,34 @@ class Mirror:
 
         Equal scores of a flat index stand in the order of the vectors' writing.
         """
-        matches: list[list[Match]] = []
-        for start in range(0, len(queries), _QUERIES_AT_ONCE):
+        starts = range(0, len(queries), _QUERIES_AT_ONCE)
+
+        def search(start: int) -> list[list[Match]]:
             piece = queries[start : start + _QUERIES_AT_ONCE]
-            for _ in range(_TRIES):
-                found = self._try_search(space, piece, k, chosen, exclude)
-                if found is not None:
-                    break
-            else:
-                with self.commits.paused():
-                    found = self._try_search(space, piece, k, chosen, exclude)
-            if found is None:
-                raise StoreDamaged(f"collection {self.name!r}: records have gone from its file")
-            matches += found
-        return matches
+            return self._search_piece(space, piece, k, chosen, exclude)
+
+        # Side by side, but for who has paused the writes: other threads might wait for that.
+        apart = len(starts) > 1 and not self.commits.is_paused_here
+        found = side_by_side(search, starts) if apart else map(search, starts)
+        return [matches for piece in found for matches in piece]
+
+    def _search_piece(
+        self,
+        space: str,
+        queries: NDArray[np.float32],
+        k: int,
+        chosen: Filter | None,
+        exclude: Sequence[str],
+    ) -> list[list[Match]]:
+        for _ in range(_TRIES):
+            found = self._try_search(space, queries, k, chosen, exclude)
+            if found is not None:
+                return found
+        with self.commits.paused():
+            found = self._try_search(space, queries, k, chosen, exclude)
+        if found is None:
+            raise StoreDamaged(f"collection {self.name!r}: records have gone from its file")
+        return found
 
     def search_one(self, space: str, query: NDArray[np.float32], k: int) -> list[Match] | None:
         """`search` for one query [dimension] among all records.

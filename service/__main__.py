@@ -13,6 +13,8 @@ from service.serving import Server
 from service.settings import ClientSettings, InvalidSettings, Settings, load_settings
 from service.settings_help import help_of, variable
 
+_SWITCH_S = 0.0005
+
 
 def main() -> int:
     """Runs until a signal.
@@ -30,6 +32,8 @@ def main() -> int:
     # The model's threads sleep while they wait for each other: by default they spin, and take the
     # cores from the threads that decode and from other processes. Read by OpenMP when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # A search takes less than Python's 5 ms, and so long it may wait for each turn beside a writer.
+    sys.setswitchinterval(_SWITCH_S)
     from service.app import create_app
     from service.loading import check_settings
 

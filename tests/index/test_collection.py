@@ -1,12 +1,13 @@
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from index import writes
+from index import side_by_side, writes
 from index.collection import Collection, NewRecord
 from index.collection_set import CollectionSet
 from index.errors import (
@@ -46,6 +47,32 @@ def test_outcomes(collection: Collection) -> None:
     assert after.created_at == created.created_at < after.updated_at
     assert collection.count() == 2
     assert collection.upsert([]) == []
+
+
+def test_many_queries_are_shared_out(
+    collection: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collection.upsert([record(f"r{seed}", seed) for seed in range(50)])
+    queries = np.stack([vectors(1000 + seed)["cls"] for seed in range(300)])
+    with ThreadPoolExecutor(3) as threads:
+        monkeypatch.setattr(side_by_side, "_threads", lambda: threads)
+        used: set[str] = set()
+        mirror, search = collection._mirror, collection._mirror._search_piece
+
+        def noted(*arguments: Any) -> Any:
+            used.add(threading.current_thread().name)
+            return search(*arguments)
+
+        monkeypatch.setattr(mirror, "_search_piece", noted)
+        found = collection.search_batch(queries, 3)
+        assert threading.current_thread().name not in used
+        used.clear()
+        with mirror.commits.paused():
+            assert collection.search_batch(queries, 3) == found
+        assert used == {threading.current_thread().name}
+
+    for query, matches in zip(queries, found, strict=True):
+        assert [m.id for m in matches] == [m.id for m in collection.search(query, k=3)]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from backbone.attention import rollout
 from backbone.descriptors import copy_descriptor
 from backbone.preprocess import Preprocess
 from backbone.pretrained import NamedModel, load_model
+from backbone.vit import Block
 from service import precision
 from service.encoder import FEATURES, AttentionTask, Task, TorchEncoder, batch_kind
 from service.patch_maps import patch_at
@@ -210,6 +211,22 @@ def test_fp32_is_exact(
     batch = [fast.prepare(task, noise(seed, (48, 48))) for seed in range(3)]
     found, expected = fast.run(task, batch), plain_one.run(task, batch)
     assert np.allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("cls_only", [True, False])
+def test_a_block_in_one_call_is_the_block(has_bias: bool, cls_only: bool) -> None:
+    torch.manual_seed(0)
+    block = Block(96, 3, 4.0, has_bias, 0.0).eval()
+    for weights in block.parameters():
+        weights.data += 0.1 * torch.randn_like(weights)
+    x, rest = torch.randn(4 * 17, 96), ([(4, 17)], (None, None), "none", cls_only)
+
+    with torch.inference_mode():
+        expected, found = block(x, *rest)[0], precision._WholeBlock(block)(x, *rest)[0]
+
+    assert found.shape == ((4, 96) if cls_only else (68, 96))
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
