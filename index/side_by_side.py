@@ -1,11 +1,10 @@
 """Work shared out to a thread for each core."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TypeVar
-
-import faiss
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -18,5 +17,6 @@ def side_by_side(work: Callable[[Item], Result], items: Iterable[Item]) -> Itera
 
 @cache
 def _threads() -> ThreadPoolExecutor:
-    """As many as OpenMP would use: the cores that this process may run on, if nothing is set."""
-    return ThreadPoolExecutor(int(faiss.omp_get_max_threads()), thread_name_prefix="search")
+    """One for each core that this process may run on."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return ThreadPoolExecutor(cores, thread_name_prefix="search")
