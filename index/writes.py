@@ -259,4 +259,5 @@ def _are_equal(one: NDArray[np.float32], other: NDArray[np.float32], rounding: f
     """Whether they differ by no more than that share of their length."""
     if not rounding or one.tobytes() == other.tobytes():
         return one.tobytes() == other.tobytes()
-    return bool(np.linalg.norm(one - other) <= rounding * np.linalg.norm(one))
+    exact = one.astype(np.float64)  # whose squares do not overflow
+    return bool(np.linalg.norm(exact - other) <= rounding * np.linalg.norm(exact))

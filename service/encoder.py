@@ -162,6 +162,7 @@ class TorchEncoder:
             self._network.compile(dynamic=False)
         in_parts = self._device.type == "cpu" and not self._compiled
         self._lanes = Lanes(threads or torch.get_num_threads()) if in_parts else None
+        self._most: dict[bool, int] = {}  # threads of one product, for whole pictures and for crops
         self._preprocess = artifact.preprocess
         self._whitening = artifact.whitening
         self._patch = artifact.architecture.patch_size
@@ -204,15 +205,23 @@ class TorchEncoder:
             with torch.inference_mode(), autocast:
                 return self._results(task, part.to(self._device)).float().cpu()
 
-        results = compute(batch) if self._lanes is None else self._lanes.run(compute, batch)
+        if self._lanes is None or _holds_all_blocks(task):
+            results = compute(batch)
+        else:
+            results = self._lanes.run(compute, batch, most=self._most.get(_is_whole(task)))
         return list(results[: len(inputs)].numpy())
 
     def warm_up(self, task: Task, prepared: Array, *, most: int) -> None:
         """See `Encoder`: every power of two where the network is compiled."""
         for size in self.batch_sizes(most):
             self.run(task, [prepared] * size)
-        if self._lanes is not None and task == "cls":
-            self._lanes.measure(lambda: self.run(task, [prepared]))
+        if self._lanes is not None and _is_whole(task) not in self._most:
+
+            def once(most: int) -> None:
+                self._most[_is_whole(task)] = most
+                self.run(task, [prepared])
+
+            self._most[_is_whole(task)] = self._lanes.fastest(once)
 
     def batch_sizes(self, most: int) -> list[int]:
         """Those, up to `most`, that must have run once for the first request to be fast."""
@@ -249,7 +258,7 @@ class TorchEncoder:
         if task.block is not None:
             rows = attention_row(network, batch, block=task.block, query=query)
         else:
-            # One by one: rolling out holds what every block was given.
+            # One by one, see `_holds_all_blocks`: rolling out holds what every block was given.
             rows = torch.cat([rollout(network, one[None], query=query) for one in batch])[:, None]
         return rows[..., 1:].reshape(*rows.shape[:2], *grid)
 
@@ -257,6 +266,11 @@ class TorchEncoder:
 def _is_whole(task: Task) -> bool:
     """Whether it is about the whole picture in its own aspect ratio."""
     return task == "tokens" or isinstance(task, AttentionTask)
+
+
+def _holds_all_blocks(task: Task) -> bool:
+    """Whether it takes much memory for each picture, so that they are computed one by one."""
+    return isinstance(task, AttentionTask) and task.block is None
 
 
 def _bucket(count: int) -> int:

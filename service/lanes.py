@@ -21,49 +21,57 @@ class Lanes:
 
     Args:
         threads: the cores to use.
-
-    Attributes:
-        most: threads of one product; fewer than `threads` where more would be slower.
     """
 
     def __init__(self, threads: int) -> None:
-        self.threads = self.most = threads
+        self.threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lane")
 
-    def run(self, compute: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+    def run(
+        self, compute: Callable[[Tensor], Tensor], batch: Tensor, *, most: int | None = None
+    ) -> Tensor:
         """`compute(batch)`, for a function that takes each picture [B, ...] on its own.
+
+        Args:
+            most: threads of one product, where more would be slower.
 
         Raises:
             Exception: what `compute` raised for a part, after all parts have ended.
         """
-        parts = batch.chunk(min(self.threads, len(batch)))
-
-        def lane(part: Tensor) -> Tensor:
-            # torch keeps this number for each thread.
-            torch.set_num_threads(min(self.most, self.threads // len(parts)))
-            return compute(part)
-
+        parts = batch.tensor_split(min(self.threads, len(batch)))
+        threads = min(most or self.threads, self.threads // len(parts))
         if len(parts) == 1:
-            return lane(batch)
-        under_way = [self._pool.submit(lane, part) for part in parts]
+            return _on_threads(threads, compute, batch)
+        under_way = [self._pool.submit(_on_threads, threads, compute, part) for part in parts]
         wait(under_way)
         return torch.cat([one.result() for one in under_way])
 
-    def measure(self, once: Callable[[], object]) -> None:
-        """Sets `most` to one thread or all of them, whichever does `once`, a small batch, faster.
+    def fastest(self, once: Callable[[int], object]) -> int:
+        """The number of threads, 1 to all by doubling, with which `once` takes the least time.
 
         Threads that wait for their next share of a small product sleep, and to wake them may cost
         more than they save.
         """
-        if self.threads == 1:
-            return
-        seconds: dict[int, list[float]] = {1: [], self.threads: []}
+        numbers = [1 << i for i in range(self.threads.bit_length())]
+        seconds: dict[int, list[float]] = {n: [] for n in (*numbers, self.threads)}
+        if len(seconds) == 1:
+            return self.threads
         end = time.monotonic() + _TRIAL_S
         for _ in range(_TRIALS):
-            for self.most, took in seconds.items():
+            for number, took in seconds.items():
                 started = time.perf_counter()
-                once()
+                once(number)
                 took.append(time.perf_counter() - started)
             if time.monotonic() > end:
                 break
-        self.most = min(seconds, key=lambda threads: median(seconds[threads]))
+        return min(seconds, key=lambda number: median(seconds[number]))
+
+
+def _on_threads(threads: int, compute: Callable[[Tensor], Tensor], part: Tensor) -> Tensor:
+    """`compute(part)` with that many of torch's threads, a number of the calling thread's own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return compute(part)
+    finally:
+        torch.set_num_threads(before)  # which new threads begin with, too

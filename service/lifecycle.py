@@ -123,6 +123,7 @@ class Lifecycle:
             end(FAILED)
         else:
             # What is loaded stays, and is most of what the collector would look through each time.
+            # Collections that are deleted let go of their vectors by themselves (`Mirror.forget`).
             gc.collect()
             gc.freeze()
             gc.set_threshold(_ALLOCATIONS, *gc.get_threshold()[1:])

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
+
 from backbone.pretrained import NamedModel, check_name, load_model
 from service.addresses import parse_allowances
 from service.decode_pool import DecodePool
@@ -38,6 +40,9 @@ def find_models(settings: Settings, metrics: Metrics) -> Models:
         ValueError: the device is not there, or two models have one name.
     """
     check_device(settings.device)
+    if settings.torch_threads:
+        torch.set_num_threads(settings.torch_threads)
+    threads = torch.get_num_threads()  # before any model: theirs change it
     shared = share(settings, metrics)
     found = []
     for given in (settings.model, *settings.models):
@@ -49,7 +54,7 @@ def find_models(settings: Settings, metrics: Metrics) -> Models:
                 device=settings.device,
                 attention_pixels=settings.attention_pixels,
                 precision=settings.precision,
-                threads=settings.torch_threads or None,
+                threads=threads,
             )
 
         info = model_info(find(), settings.precision)

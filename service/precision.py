@@ -52,10 +52,8 @@ def in_precision(
             _quantize(block, is_last=block is blocks[-1])
     elif torch._C._has_mkldnn:
         whole = [_WholeBlock(block) for block in blocks]
-        for block, one in zip(blocks, whole, strict=True):
-            packed = _FusedMlp(block.mlp)
-            block.register_module("mlp", packed)
-            one.register_module("mlp", packed)
+        for block in blocks:
+            block.register_module("mlp", _FusedMlp(block.mlp))
         if 1 < tokens <= _FEW_TOKENS and _is_as_fast(whole[0], blocks[0], tokens):
             network.blocks = nn.ModuleList(whole)
     return network

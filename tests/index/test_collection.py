@@ -49,6 +49,18 @@ def test_outcomes(collection: Collection) -> None:
     assert collection.upsert([]) == []
 
 
+@pytest.mark.parametrize("length", [1e-25, 1e25])
+def test_the_same_content_with_another_vector_of_any_length(
+    collection: Collection, length: float
+) -> None:
+    first, second = (
+        {space: (vector * length).astype(np.float32) for space, vector in vectors(seed).items()}
+        for seed in (1, 2)
+    )
+    assert outcomes(collection, NewRecord("a", first, {}, "same")) == ["created"]
+    assert outcomes(collection, NewRecord("a", second, {}, "same")) == ["updated"]
+
+
 def test_many_queries_are_shared_out(
     collection: Collection, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from backbone.pretrained import NamedModel, load_model
 from backbone.vit import Block
 from service import precision
 from service.encoder import FEATURES, AttentionTask, Task, TorchEncoder, batch_kind
+from service.lanes import Lanes
 from service.patch_maps import patch_at
 from service.precision import Precision, in_precision
 from tests.service.pictures import RED, noise, plain
@@ -244,6 +246,39 @@ def test_other_precisions_are_near_and_have_a_fingerprint_of_their_own(
         # These weights are noise, which rounding disturbs more than a trained network.
         least = {"bf16": 0.999, "int8": 0.98}[precision]
         assert one @ two / np.linalg.norm(one) / np.linalg.norm(two) > least
+
+
+def test_int8_parts_do_not_disturb_each_other(model: NamedModel) -> None:
+    alone, beside = (
+        TorchEncoder(model, device="cpu", precision="int8", threads=threads) for threads in (1, 2)
+    )
+    batch = [alone.prepare("cls", noise(seed)) for seed in range(8)]
+    expected = [*alone.run("cls", batch[:4]), *alone.run("cls", batch[4:])]
+    for _ in range(20):
+        assert np.array_equal(beside.run("cls", batch), expected)
+
+
+def test_the_best_number_of_threads_is_of_crops_or_of_whole_pictures(
+    model: NamedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = TorchEncoder(model, device="cpu", threads=2)
+    answers = iter([1, 2])
+    monkeypatch.setattr(Lanes, "fastest", lambda *_: next(answers))
+    used: list[tuple[int, int | None]] = []
+
+    def run(_: Lanes, compute: Any, batch: torch.Tensor, *, most: int | None) -> torch.Tensor:
+        used.append((len(batch), most))
+        return compute(batch)
+
+    monkeypatch.setattr(Lanes, "run", run)
+    tasks: tuple[Task, ...] = ("cls", "copy", AttentionTask(block=11), AttentionTask(block=None))
+    inputs = [encoder.prepare(task, noise(0)) for task in tasks]
+    for task, one in zip(tasks, inputs, strict=True):
+        encoder.warm_up(task, one, most=8)
+    used.clear()
+    for task, one in zip(tasks, inputs, strict=True):
+        encoder.run(task, [one, one])
+    assert used == [(2, 1), (2, 1), (2, 2)]  # rolled out one by one, outside
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="real pictures are not there")

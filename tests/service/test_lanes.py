@@ -10,7 +10,14 @@ from service.lanes import Lanes
 
 @pytest.mark.parametrize(
     ("threads", "pictures", "expected"),
-    [(1, 5, [5]), (2, 1, [1]), (2, 5, [2, 3]), (4, 3, [1, 1, 1]), (4, 8, [2, 2, 2, 2])],
+    [
+        (1, 5, [5]),
+        (2, 1, [1]),
+        (2, 5, [2, 3]),
+        (4, 5, [2, 1, 1, 1]),
+        (4, 3, [1, 1, 1]),
+        (4, 8, [2, 2, 2, 2]),
+    ],
 )
 def test_parts_in_order(threads: int, pictures: int, expected: list[int]) -> None:
     sizes: list[int] = []
@@ -55,30 +62,50 @@ def test_an_error_is_raised_when_all_parts_have_ended() -> None:
     assert torch.equal(lanes.run(lambda part: part, torch.arange(2.0)), torch.arange(2.0))
 
 
-@pytest.mark.parametrize("fast", [1, 2])
-def test_the_faster_number_of_threads_is_kept(fast: int) -> None:
-    lanes, used = Lanes(2), set()
+@pytest.mark.parametrize("fast", [1, 2, 3])
+def test_the_fastest_number_of_threads(fast: int) -> None:
+    lanes, used = Lanes(3), set()
 
     def compute(part: Tensor) -> Tensor:
         used.add(torch.get_num_threads())
         time.sleep(0.0 if torch.get_num_threads() == fast else 0.02)
         return part
 
-    before = torch.get_num_threads()
-    try:
-        lanes.measure(lambda: lanes.run(compute, torch.zeros(1)))
-        assert used == {1, 2}
-        assert lanes.most == fast
-    finally:
-        torch.set_num_threads(before)
+    found = lanes.fastest(lambda most: lanes.run(compute, torch.zeros(1), most=most))
+    assert used == {1, 2, 3}
+    assert found == fast
 
 
-def test_parts_share_the_threads() -> None:
+def test_one_thread_needs_no_trial() -> None:
+    assert Lanes(1).fastest(lambda _: pytest.fail("tried")) == 1
+
+
+@pytest.mark.parametrize(
+    ("pictures", "most", "expected"), [(1, None, 4), (1, 2, 2), (2, None, 2), (2, 1, 1), (9, 4, 1)]
+)
+def test_parts_share_the_threads(pictures: int, most: int | None, expected: int) -> None:
     used: list[int] = []
 
     def compute(part: Tensor) -> Tensor:
         used.append(torch.get_num_threads())
         return part
 
-    Lanes(4).run(compute, torch.zeros(2))
-    assert used == [2, 2]
+    Lanes(4).run(compute, torch.zeros(pictures), most=most)
+    assert set(used) == {expected}
+
+
+def test_the_caller_keeps_its_number_of_threads() -> None:
+    def fail(_: Tensor) -> Tensor:
+        raise MemoryError("no")
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for pictures in (1, 2):
+            Lanes(2).run(lambda part: part, torch.zeros(pictures), most=1)
+            assert torch.get_num_threads() == 3
+            with pytest.raises(MemoryError):
+                Lanes(2).run(fail, torch.zeros(pictures))
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

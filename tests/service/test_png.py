@@ -7,7 +7,7 @@ from PIL import Image
 from service import png
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1), (3, 2), (500, 375)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1), (3, 2), (500, 375), (3, 512), (5, 1025)])
 @pytest.mark.parametrize("kind", ["noise", "grey", "slope"])
 def test_the_picture_comes_back(size: tuple[int, int], kind: str) -> None:
     width, height = size
