@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -114,14 +115,14 @@ def test_pretrain_export_serve_search_restart(model: Path, tmp_path: Path) -> No
 
     process, client = start(model, data_dir)
     try:
-        assert [search(client, path) for path in PICTURES] == before
+        check_same([search(client, path) for path in PICTURES], before)
         assert run(*ingest[:-1], str(client.base_url)).startswith("0 created, 0 updated")
         collection = "/v1/collections/own"
         snapshot = client.post(f"{collection}/snapshots").json()["name"]
         assert client.delete(collection).json() == {"deleted": "own"}
         restored = client.post(f"{collection}/snapshots/{snapshot}/restore").json()
         assert restored["count"] == sent
-        assert [search(client, path) for path in PICTURES] == before
+        check_same([search(client, path) for path in PICTURES], before)
         last = PICTURES[-1].name
         chosen = {"must": {"key": "name", "match": {"value": last}}}
         query = {"id": PICTURES[0].name, "filter": chosen}
@@ -131,7 +132,7 @@ def test_pretrain_export_serve_search_restart(model: Path, tmp_path: Path) -> No
         stop(process, client)
 
 
-def search(client: httpx.Client, path: Path, share: float = 1.0) -> list[dict[str, object]]:
+def search(client: httpx.Client, path: Path, share: float = 1.0) -> list[dict[str, Any]]:
     """Searches with the centre of a picture, `share` of each side, saved again as JPEG."""
     with Image.open(path) as picture:
         margins = [round(side * (1.0 - share) / 2) for side in picture.size]
@@ -140,5 +141,13 @@ def search(client: httpx.Client, path: Path, share: float = 1.0) -> list[dict[st
         picture.convert("RGB").crop(inside).save(buffer, "JPEG", quality=90)
     answer = client.post("/v1/collections/own/search?k=3", files={"image": buffer.getvalue()})
     assert answer.status_code == 200, answer.text
-    matches: list[dict[str, object]] = answer.json()["matches"]
+    matches: list[dict[str, Any]] = answer.json()["matches"]
     return matches
+
+
+def check_same(found: list[list[dict[str, Any]]], expected: list[list[dict[str, Any]]]) -> None:
+    """Equal but for rounding: each start measures anew how the network is computed fastest."""
+    for some, others in zip(found, expected, strict=True):
+        for one, other in zip(some, others, strict=True):
+            assert one["score"] == pytest.approx(other["score"], abs=1e-5)
+            assert {**one, "score": 0.0} == {**other, "score": 0.0}
