@@ -84,7 +84,8 @@ def decode_reduced(
             status=415,
         ) from error
     except Image.DecompressionBombError as error:
-        raise _too_many_pixels(limits, param, "its header says more than that") from error
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # beyond, Pillow opens none
+        raise _too_many_pixels(limits, param, f"its header tells of more than {most}") from error
     except Exception as error:
         # A decoder may raise anything on bytes that are wrong: Pillow promises no kinds of errors.
         raise ImageError(
