@@ -195,30 +195,20 @@ class Mirror:
 
         def search(start: int) -> list[list[Match]]:
             piece = queries[start : start + _QUERIES_AT_ONCE]
-            return self._search_piece(space, piece, k, chosen, exclude)
+            for _ in range(_TRIES):
+                found = self._try_search(space, piece, k, chosen, exclude)
+                if found is not None:
+                    return found
+            with self.commits.paused():
+                found = self._try_search(space, piece, k, chosen, exclude)
+            if found is None:
+                raise StoreDamaged(f"collection {self.name!r}: records have gone from its file")
+            return found
 
         # Side by side, but for who has paused the writes: other threads might wait for that.
         apart = len(starts) > 1 and not self.commits.is_paused_here
-        found = side_by_side(search, starts) if apart else map(search, starts)
-        return [matches for piece in found for matches in piece]
-
-    def _search_piece(
-        self,
-        space: str,
-        queries: NDArray[np.float32],
-        k: int,
-        chosen: Filter | None,
-        exclude: Sequence[str],
-    ) -> list[list[Match]]:
-        for _ in range(_TRIES):
-            found = self._try_search(space, queries, k, chosen, exclude)
-            if found is not None:
-                return found
-        with self.commits.paused():
-            found = self._try_search(space, queries, k, chosen, exclude)
-        if found is None:
-            raise StoreDamaged(f"collection {self.name!r}: records have gone from its file")
-        return found
+        pieces = side_by_side(search, starts) if apart else map(search, starts)
+        return [matches for piece in pieces for matches in piece]
 
     def search_one(self, space: str, query: NDArray[np.float32], k: int) -> list[Match] | None:
         """`search` for one query [dimension] among all records.

@@ -18,13 +18,13 @@ def test_many_queries_are_shared_out(
     with ThreadPoolExecutor(3) as threads:
         monkeypatch.setattr(side_by_side, "_threads", lambda: threads)
         used: set[str] = set()
-        mirror, search = collection._mirror, collection._mirror._search_piece
+        mirror, search = collection._mirror, collection._mirror._try_search
 
         def noted(*arguments: Any) -> Any:
             used.add(threading.current_thread().name)
             return search(*arguments)
 
-        monkeypatch.setattr(mirror, "_search_piece", noted)
+        monkeypatch.setattr(mirror, "_try_search", noted)
         found = collection.search_batch(queries, 3)
         assert threading.current_thread().name not in used
         used.clear()
