@@ -62,8 +62,13 @@ class BatchObserver(Protocol):
 
 
 @dataclass(eq=False)
-class _Job(Generic[Item, Result]):
-    """`is_wanted`: somebody waits for the result; `started`, `ended`: by `time.monotonic()`."""
+class Job(Generic[Item, Result]):
+    """An item's place in the queue, from `Batcher.put`.
+
+    Attributes:
+        is_wanted: somebody waits for the result.
+        queued, started, ended: by `time.monotonic()`.
+    """
 
     kind: Hashable
     item: Item
@@ -108,9 +113,9 @@ class Batcher(Generic[Item, Result]):
         self._is_out_of_memory = is_out_of_memory
         self._caution_s = caution_s
         self._observer = observer
-        self._waiting: deque[_Job[Item, Result]] = deque()
+        self._waiting: deque[Job[Item, Result]] = deque()
         self._waiting_bytes = 0
-        self._running: list[_Job[Item, Result]] = []
+        self._running: list[Job[Item, Result]] = []
         self._seconds_per_item = 0.0
         self._batch_limit, self._limited_until = max_batch, 0.0
         self._failed_in_a_row = 0
@@ -178,8 +183,18 @@ class Batcher(Generic[Item, Result]):
             WaitedTooLong, DeadlineExceeded: the deadline came before the results.
             BatcherClosed: the batcher was closed, or the model's thread ended.
         """
+        return await self.results(self.put(kind, items, deadline=deadline), deadline=deadline)
+
+    def put(
+        self, kind: Hashable, items: Sequence[Item], *, deadline: float | None = None
+    ) -> list[Job[Item, Result]]:
+        """Places for `items`, from any thread; who takes them calls `results` or `withdraw`.
+
+        Raises:
+            QueueFull, BatcherClosed: see `submit`.
+        """
         now = time.monotonic()
-        jobs = [_Job[Item, Result](kind, item, self._size_of(item), now) for item in items]
+        jobs = [Job[Item, Result](kind, item, self._size_of(item), now) for item in items]
         with self._changed:
             if self._closed:
                 raise BatcherClosed("the model takes no more pictures: the service is stopping")
@@ -187,16 +202,35 @@ class Batcher(Generic[Item, Result]):
             self._waiting.extend(jobs)
             self._waiting_bytes += sum(job.n_bytes for job in jobs)
             self._changed.notify()
+        return jobs
+
+    async def results(
+        self, jobs: Sequence[Job[Item, Result]], *, deadline: float | None = None
+    ) -> list[Result]:
+        """Waits for the results of `put`, in order; see `submit`, which is both."""
         try:
             async with deadlines.before(
                 deadline,
                 has_begun=lambda: any(job.started is not None for job in jobs),
                 retry_after_s=self.retry_after_s,
             ):
+                if len(jobs) == 1:
+                    return [await asyncio.wrap_future(jobs[0].future)]
                 return await asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs))
         finally:
-            self._withdraw(jobs)
+            self.withdraw(jobs)
             _note_times(jobs)
+
+    def withdraw(self, jobs: Sequence[Job[Item, Result]]) -> None:
+        """Frees the places of a request that failed or went away; nothing where all is done."""
+        for job in jobs:
+            job.is_wanted = False
+        cancelled = [job for job in jobs if job.future.cancel()]
+        if cancelled:
+            with self._changed:
+                kept = deque(job for job in self._waiting if not job.future.cancelled())
+                self._waiting = kept
+                self._waiting_bytes = sum(job.n_bytes for job in kept)
 
     def close(self, *, timeout_s: float | None = None) -> bool:
         """Refuses new items, finishes those that wait, and ends the thread.
@@ -210,7 +244,7 @@ class Batcher(Generic[Item, Result]):
         self._thread.join(timeout_s)
         return not self.alive
 
-    def _check_room(self, jobs: Sequence[_Job[Item, Result]], patience_s: float | None) -> None:
+    def _check_room(self, jobs: Sequence[Job[Item, Result]], patience_s: float | None) -> None:
         waiting = len(self._waiting)
         if waiting + len(jobs) > self.max_waiting:
             message = f"the queue is full: {self.max_waiting} pictures may wait for the model"
@@ -225,17 +259,6 @@ class Batcher(Generic[Item, Result]):
         if patience_s is not None and wait_s > patience_s:
             message = f"the queue is too long: about {wait_s:.1f} s, {patience_s:.1f} s are left"
             raise QueueFull(message, reason="deadline", retry_after_s=self.retry_after_s())
-
-    def _withdraw(self, jobs: Sequence[_Job[Item, Result]]) -> None:
-        """Frees the places of a request that failed or went away; nothing where all is done."""
-        for job in jobs:
-            job.is_wanted = False
-        cancelled = [job for job in jobs if job.future.cancel()]
-        if cancelled:
-            with self._changed:
-                kept = deque(job for job in self._waiting if not job.future.cancelled())
-                self._waiting = kept
-                self._waiting_bytes = sum(job.n_bytes for job in kept)
 
     def _work(self) -> None:
         try:
@@ -255,7 +278,7 @@ class Batcher(Generic[Item, Result]):
                 if job.started is not None or job.future.set_running_or_notify_cancel():
                     _fail(job, BatcherClosed("the model's thread has ended"))
 
-    def _next_batch(self) -> list[_Job[Item, Result]]:
+    def _next_batch(self) -> list[Job[Item, Result]]:
         """The next batch, each of its futures marked as running; empty once closed and drained."""
         with self._changed:
             while True:
@@ -265,8 +288,8 @@ class Batcher(Generic[Item, Result]):
                     self._changed.wait()
                 self._grow_again()
                 kind = self._waiting[0].kind
-                batch: list[_Job[Item, Result]] = []
-                others: deque[_Job[Item, Result]] = deque()
+                batch: list[Job[Item, Result]] = []
+                others: deque[Job[Item, Result]] = deque()
                 for job in self._waiting:
                     if job.kind != kind or len(batch) == self._batch_limit:
                         others.append(job)
@@ -281,7 +304,7 @@ class Batcher(Generic[Item, Result]):
                     self._running, self._busy_since = batch, now
                     return batch
 
-    def _serve(self, batch: Sequence[_Job[Item, Result]]) -> None:
+    def _serve(self, batch: Sequence[Job[Item, Result]]) -> None:
         """Runs a batch; halves of what failed are tried in turn, while that may help."""
         if self._observer is not None:
             for job in batch:
@@ -289,7 +312,7 @@ class Batcher(Generic[Item, Result]):
         failures, succeeded = 0, False
         # One bad item costs log2(n) + 1 failures. More than two such: it is not the items.
         most = 0 if self.trouble else 2 * (len(batch).bit_length() + 1)
-        failed: list[tuple[_Job[Item, Result], Exception]] = []
+        failed: list[tuple[Job[Item, Result], Exception]] = []
         parts = [list(batch)]
         while parts:
             part = [job for job in parts.pop() if job.is_wanted]
@@ -312,7 +335,7 @@ class Batcher(Generic[Item, Result]):
             failure.__cause__ = error
             _fail(job, failure)
 
-    def _attempt(self, part: Sequence[_Job[Item, Result]]) -> Exception | None:
+    def _attempt(self, part: Sequence[Job[Item, Result]]) -> Exception | None:
         """One call of the model; its error where it failed."""
         started = time.monotonic()
         try:
@@ -356,13 +379,13 @@ class Batcher(Generic[Item, Result]):
             self._limited_until = now + self._caution_s
 
 
-def _fail(job: _Job[Item, Result], error: Exception) -> None:
+def _fail(job: Job[Item, Result], error: Exception) -> None:
     job.ended = time.monotonic()
     if not job.future.done():
         job.future.set_exception(error)
 
 
-def _note_times(jobs: Sequence[_Job[Item, Result]]) -> None:
+def _note_times(jobs: Sequence[Job[Item, Result]]) -> None:
     """Adds queue and model to what the current request cost."""
     if not jobs:
         return

@@ -2,9 +2,9 @@
 
 import asyncio
 import logging
+import random
 import re
 import time
-import uuid
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -120,9 +120,13 @@ class _Traffic:
 
 
 def _request_id(scope: Scope) -> str:
-    """The client's `X-Request-ID` where it can stand in a log, else a new one."""
+    """The client's `X-Request-ID` where it can stand in a log, else a new one.
+
+    `uuid4` would ask the system, and wait for the interpreter's lock when it is back; nobody
+    relies on these being hard to guess.
+    """
     given: bytes = dict(scope["headers"]).get(b"x-request-id", b"")
-    return given.decode() if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+    return given.decode() if _SANE_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
 
 
 def _route(scope: Scope) -> str | None:

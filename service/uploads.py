@@ -19,8 +19,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from index.errors import InvalidFilter
 from service import measurements
 from service.deadlines import retry_after
+from service.encoded import EncodedPicture
 from service.errors import RequestError, busy_response, error_response
-from service.vision import EncodedPicture
 
 _SHARE_OF_DEADLINE = 0.6  # that may be spent behind others: the rate is a mean, and it changes
 _READ_AWAY_BYTES = 2**20  # of a body whose request is refused

@@ -1,7 +1,6 @@
 """Pictures in, vectors and maps out: decoding in threads, the model behind its batcher."""
 
 import asyncio
-import hashlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -11,8 +10,9 @@ from PIL import Image
 
 from backbone.pictures import Mode
 from service import images, measurements
-from service.batcher import Batcher
+from service.batcher import Batcher, Job
 from service.decode_pool import DecodePool
+from service.encoded import QUICKLY_HASHED, EncodedPicture, ReadPicture
 from service.encoder import (
     Array,
     Encoder,
@@ -28,40 +28,6 @@ from service.metrics import Metrics
 from service.sharing import Flights, ResultCache
 
 T = TypeVar("T")
-
-_QUICKLY_HASHED = 2**17  # bytes that the event loop may hash itself: a fraction of a millisecond
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodedPicture:
-    """A picture as it came.
-
-    Attributes:
-        content: undecoded; or text, a data URI or base64.
-        param: its place in the request.
-    """
-
-    content: bytes | str
-    param: str
-
-    def read(self, limits: images.Limits) -> "ReadPicture":
-        """The content as bytes; raises `ImageError` for too many, and for text that is none."""
-        content = self.content
-        if isinstance(content, str):
-            content = images.from_text(content, limits, param=self.param)
-        images.check_bytes(content, limits, param=self.param)
-        return ReadPicture(
-            content=content, content_hash=hashlib.sha256(content).hexdigest(), param=self.param
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReadPicture:
-    """A picture's bytes, the SHA-256 of all of them, and its place in the request."""
-
-    content: bytes
-    content_hash: str
-    param: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +114,8 @@ class Vision:
             QueueFull, BatchFailed, BatcherClosed, WaitedTooLong, DeadlineExceeded: see
                 `DecodePool.run` and `Batcher.submit`.
         """
+        if len(pictures) == 1:
+            return [await self._encode_one(task, pictures[0])]
         found = await _first_error_of(
             [self._kept_or_prepared(task, picture) for picture in pictures]
         )
@@ -220,14 +188,57 @@ class Vision:
         self.batcher.close()
 
     async def _kept_or_prepared(self, task: Task, picture: EncodedPicture) -> Array | Prepared:
+        read, kept = await self._kept(task, picture)
+        return kept if kept is not None else await self._prepare(read, _Wanted((task,)))
+
+    async def _kept(self, task: Task, picture: EncodedPicture) -> tuple[ReadPicture, Array | None]:
         read = await self._read(picture)
         measurements.current().model = self.info.name
-        kept = self.cache.get(self._key(task, read.content_hash))
-        return kept if kept is not None else await self._prepare(read, _Wanted((task,)))
+        return read, self.cache.get(self._key(task, read.content_hash))
+
+    async def _encode_one(self, task: Task, picture: EncodedPicture) -> Array:
+        """As `encode`; the picture goes from its decoding thread straight to the model."""
+        read, kept = await self._kept(task, picture)
+        if kept is not None:
+            return kept
+
+        async def work(_: Sequence[int]) -> list[Array]:
+            return [await self._compute(task, read)]
+
+        try:
+            (result,) = await self._running.share([self._key(task, read.content_hash)], work)
+        except ImageError as error:
+            if error.param == read.param:
+                raise
+            # Another request's error names a place in that request.
+            return await self._compute(task, read)
+        return result
+
+    async def _compute(self, task: Task, read: ReadPicture) -> Array:
+        request = measurements.current()
+        jobs: list[Job[Array, Array]] = []
+        is_wanted = True
+
+        def work() -> None:
+            prepared = self._decoded(read, _Wanted((task,))).inputs[task]
+            if is_wanted:
+                kind = batch_kind(task, prepared)
+                jobs.extend(self.batcher.put(kind, [prepared], deadline=request.deadline))
+            if not is_wanted:  # by now
+                self.batcher.withdraw(jobs)
+
+        try:
+            await self._pool.run(work, held_bytes=len(read.content))
+            (result,) = await self.batcher.results(jobs, deadline=request.deadline)
+        finally:
+            is_wanted = False
+            self.batcher.withdraw(jobs)
+        self.cache.put(self._key(task, read.content_hash), result)
+        return result
 
     async def _read(self, picture: EncodedPicture) -> ReadPicture:
         async with self._fetched(picture) as present:
-            if len(present.content) <= _QUICKLY_HASHED:
+            if len(present.content) <= QUICKLY_HASHED:
                 return present.read(self.limits)
             return await self._pool.run(
                 lambda: present.read(self.limits), held_bytes=len(present.content)
@@ -257,33 +268,34 @@ class Vision:
         return prepared
 
     async def _decode(self, read: ReadPicture, wanted: "_Wanted") -> Prepared:
-        encoder = self._encoder
+        return await self._pool.run(
+            lambda: self._decoded(read, wanted), held_bytes=len(read.content)
+        )
+
+    def _decoded(self, read: ReadPicture, wanted: "_Wanted") -> Prepared:
+        encoder, side = self._encoder, wanted.background_side
 
         def needed(size: images.Size) -> list[images.Size]:
             measurements.current().add_picture(*size, len(read.content))
             sizes = [encoder.needed(task, size) for task in wanted.tasks]
             if wanted.thumbnail:
                 sizes.append(images.scaled_down_size(size, images.THUMBNAIL_SIDE))
-            if wanted.background_side is not None:
-                sizes.append(images.scaled_down_size(size, wanted.background_side))
+            if side is not None:
+                sizes.append(images.scaled_down_size(size, side))
             return sizes
 
-        def work() -> Prepared:
-            # In colour for a model of grey too: thumbnails and maps show the picture as it is.
-            mode: Mode = "RGBA" if encoder.info.picture_mode == "RGBA" else "RGB"
-            decoded = images.decode_reduced(
-                read.content, self.limits, param=read.param, mode=mode, needed=needed
-            )
-            picture, extent = decoded.picture, decoded.extent
-            side = wanted.background_side
-            return Prepared(
-                inputs={t: encoder.prepare(t, picture, extent=extent) for t in wanted.tasks},
-                content_hash=read.content_hash,
-                thumbnail=images.thumbnail(picture) if wanted.thumbnail else None,
-                background=None if side is None else images.scaled_down(picture, side),
-            )
-
-        return await self._pool.run(work, held_bytes=len(read.content))
+        # In colour for a model of grey too: thumbnails and maps show the picture as it is.
+        mode: Mode = "RGBA" if encoder.info.picture_mode == "RGBA" else "RGB"
+        decoded = images.decode_reduced(
+            read.content, self.limits, param=read.param, mode=mode, needed=needed
+        )
+        picture, extent = decoded.picture, decoded.extent
+        return Prepared(
+            inputs={t: encoder.prepare(t, picture, extent=extent) for t in wanted.tasks},
+            content_hash=read.content_hash,
+            thumbnail=images.thumbnail(picture) if wanted.thumbnail else None,
+            background=None if side is None else images.scaled_down(picture, side),
+        )
 
     async def _run(self, task: Task, prepared: Sequence[Prepared]) -> list[Array]:
         measurements.current().model = self.info.name
@@ -343,8 +355,6 @@ async def _first_error_of(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         ImageError: of the first picture, in order, that has one.
         Exception: any other error, as soon as it shows; the rest is cancelled.
     """
-    if len(work) == 1:
-        return [await work[0]]
 
     async def bad_picture_apart(one: Coroutine[Any, Any, T]) -> T | ImageError:
         try:

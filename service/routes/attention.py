@@ -7,6 +7,7 @@ from fastapi import APIRouter, Query, Request, Response
 from PIL import Image
 
 from service import heatmaps, patch_maps, uploads
+from service.encoded import EncodedPicture
 from service.encoder import Array, AttentionTask, ModelInfo, Task
 from service.errors import RequestError
 from service.model_schemas import AttentionAnswer, AttentionOptions, AttentionRequest
@@ -15,7 +16,6 @@ from service.routes.negotiation import NPY, preferred
 from service.routes.openapi import PICTURE_ERRORS, binary, picture_body
 from service.schemas import PICTURE_EXAMPLE
 from service.services import Served
-from service.vision import EncodedPicture
 
 router = APIRouter(tags=["attention"])
 

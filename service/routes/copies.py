@@ -7,6 +7,7 @@ from fastapi import APIRouter, Query, Request
 
 from index.collection import Match
 from service import uploads
+from service.encoded import EncodedPicture
 from service.measurements import timed
 from service.routes.openapi import ERRORS, CollectionName, picture_body
 from service.schemas import (
@@ -18,7 +19,6 @@ from service.schemas import (
     CopyTerms,
 )
 from service.services import Served
-from service.vision import EncodedPicture
 
 router = APIRouter(prefix="/v1/collections/{name}", tags=["copies"], responses=ERRORS)
 

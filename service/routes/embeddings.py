@@ -83,9 +83,12 @@ def _answer(vectors: Sequence[Array], options: EmbeddingOptions, model: str, kin
         values = values / np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), 1e-12)
     if kind != _JSON:
         return npy(values)
-    answer = EmbeddingAnswer(
+    # Not validated: what stands here was just made, and to look at each number takes a while.
+    answer = EmbeddingAnswer.model_construct(
         data=[
-            Embedding(index=i, embedding=_encoded(value, options.encoding_format == "base64"))
+            Embedding.model_construct(
+                index=i, embedding=_encoded(value, options.encoding_format == "base64")
+            )
             for i, value in enumerate(values)
         ],
         model=model,

@@ -16,6 +16,7 @@ from index.errors import (
 )
 from index.records import OnDuplicate, UpsertOutcome
 from service import uploads
+from service.encoded import EncodedPicture
 from service.encoder import Task
 from service.errors import ImageError, RequestError
 from service.routes.openapi import (
@@ -40,7 +41,7 @@ from service.schemas import (
     StoredImages,
 )
 from service.services import Served, Services
-from service.vision import EncodedPicture, Prepared, Vision, all_or_none
+from service.vision import Prepared, Vision, all_or_none
 
 router = APIRouter(prefix="/v1/collections", tags=["collections"], responses=ERRORS)
 

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 
 from index.collection import Collection, Match
 from service import uploads
+from service.encoded import EncodedPicture
 from service.encoder import Array
 from service.errors import RequestError
 from service.measurements import timed
@@ -30,7 +31,7 @@ from service.schemas import (
     SearchTerms,
 )
 from service.services import Served
-from service.vision import EncodedPicture, Vision
+from service.vision import Vision
 
 router = APIRouter(prefix="/v1/collections/{name}", tags=["search"], responses=ERRORS)
 

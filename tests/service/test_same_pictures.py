@@ -135,3 +135,19 @@ async def test_too_many_pictures_to_decode(serve: Serve, encoder: FakeEncoder) -
             gate.open()
             json_of(await waiting)
         json_of(await client.post(URL, json=body(3)))
+
+
+async def test_a_client_that_leaves_while_its_picture_is_decoded_costs_the_model_nothing(
+    client: httpx.AsyncClient, encoder: FakeEncoder
+) -> None:
+    batcher = vision_of(client).batcher
+    with encoder.slow_decoding() as gate:
+        asked = asyncio.create_task(client.post(URL, json=body(1)))
+        await asyncio.to_thread(gate.wait_until_reached)
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        gate.open()
+    json_of(await client.post(URL, json=body(2)))
+    assert encoder.calls == [("cls", 1)]
+    assert batcher.is_idle
