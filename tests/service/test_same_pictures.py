@@ -150,4 +150,4 @@ async def test_a_client_that_leaves_while_its_picture_is_decoded_costs_the_model
         gate.open()
     json_of(await client.post(URL, json=body(2)))
     assert encoder.calls == [("cls", 1)]
-    assert batcher.is_idle
+    assert batcher.waiting == 0
