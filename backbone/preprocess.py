@@ -21,6 +21,8 @@ A reduced pixel stands for several; those of the last column and row perhaps for
 picture ends inside of them. Views of it are then those of the whole picture.
 """
 
+LONGEST = 4.0
+"""Times the short side that the long side of a whole picture may be for the model."""
 _BICUBIC = Image.Resampling.BICUBIC
 
 
@@ -128,14 +130,14 @@ class Preprocess:
         self,
         picture: Image.Image,
         *,
-        short_side: int,
+        short_side: float,
         multiple: int,
         extent: Extent | None = None,
     ) -> Tensor:
         """The picture in its own aspect ratio, [C, H, W], both sides multiples of `multiple`.
 
         The short side becomes the multiple nearest `short_side`, the long one the multiple nearest
-        to the same scale; at most 4 times the short one, so that a sliver does not become a giant.
+        to the same scale; at most `LONGEST` times the short one: a sliver does not become a giant.
         """
         size = self.whole_size(*(extent or picture.size), short_side=short_side, multiple=multiple)
         return self.to_tensor(self._resized(picture, size, extent))
@@ -156,11 +158,11 @@ class Preprocess:
         )
 
     def whole_size(
-        self, width: float, height: float, *, short_side: int, multiple: int
+        self, width: float, height: float, *, short_side: float, multiple: int
     ) -> tuple[int, int]:
         """What `whole` scales a picture of this width and height to."""
         short = max(1, round(short_side / multiple))
-        long = max(short, round(short * min(max(width, height) / min(width, height), 4.0)))
+        long = max(short, round(short * min(max(width, height) / min(width, height), LONGEST)))
         columns, rows = (short, long) if width <= height else (long, short)
         return columns * multiple, rows * multiple
 

@@ -19,8 +19,8 @@ Clients are raw sockets in one event loop of this process. They share the cores 
 measured, and the ceiling has none. Rounds take turns, and what waits is stopped (SIGSTOP). Each
 figure is the median of the rounds, each ratio the median of the rounds' ratios. Latencies take
 turns in small lots. `attention_vs_embedding` and `search_minus_embedding_ms` are of 500 x 375
-JPEGs and one client; `attention_vs_embedding_same_size` is of a service that computes attention at
-the size of an embedding's input; `int8_speedup` is the network's in batches of 16.
+JPEGs and one client; `attention_vs_embedding_finest` is of maps at the model's `max_resolution`;
+`int8_speedup` is the network's in batches of 16.
 """
 
 import argparse
@@ -28,6 +28,7 @@ import json
 import os
 import sys
 import tempfile
+import urllib.request
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -36,7 +37,6 @@ from typing import Any
 # A script's own folder comes first in the path.
 sys.path[0] = str(Path(__file__).parents[1])
 
-from backbone.pretrained import load_model
 from benchmarks.serving_clients import Load, Target, drive
 from benchmarks.serving_pictures import make_pictures, without_end
 from benchmarks.serving_processes import CeilingProcess, LitServe, Server, Service, fill_collection
@@ -49,7 +49,7 @@ FIRST = (
     "throughput_vs_litserve_12mp",
     "latency_vs_ceiling_1",
     "attention_vs_embedding",
-    "attention_vs_embedding_same_size",
+    "attention_vs_embedding_finest",
     "search_minus_embedding_ms",
     "int8_speedup",
     "int8_mean_cosine",
@@ -119,9 +119,9 @@ class Benchmark:
                     for rival in set(rivals.values()):
                         rival.__exit__(None, None, None)
                 found |= self._latency(ceiling, service)
-                found |= self._attention(service)
+                with service.going():
+                    found |= self._attention(service)
             found |= self._int8(ceiling)
-        found |= self._attention_of_same_size()
         found |= self._search()
         return found
 
@@ -244,24 +244,18 @@ class Benchmark:
         return {"latency": found, "latency_vs_ceiling_1": found["jpeg"]["ratio"]}
 
     def _attention(self, service: Service) -> dict[str, Any]:
-        with service.going():
-            found = {
-                kind: self._beside(service, "/v1/attention", kind, self._options.lots)
-                for kind in COUNTS
-            }
+        with urllib.request.urlopen(f"http://127.0.0.1:{service.port}/v1/models") as answer:
+            finest = json.load(answer)["data"][0]["max_resolution"]
+        path, lots = "/v1/attention", self._options.lots
+        found = {kind: self._beside(service, path, kind, lots) for kind in COUNTS}
+        found["finest"] = self._beside(service, f"{path}?resolution={finest}", "jpeg", lots)
         say("attention beside embeddings", found)
+        ratio = {kind: one["other_ms"] / one["embedding_ms"] for kind, one in found.items()}
         return {
             "attention": found,
-            "attention_vs_embedding": found["jpeg"]["other_ms"] / found["jpeg"]["embedding_ms"],
+            "attention_vs_embedding": ratio["jpeg"],
+            "attention_vs_embedding_finest": ratio["finest"],
         }
-
-    def _attention_of_same_size(self) -> dict[str, Any]:
-        side = load_model(self._options.model).artifact.preprocess.crop
-        home = self._folder / "same size"
-        with Service(home, self._options.model, attention_pixels=side) as service:
-            found = self._beside(service, "/v1/attention", "jpeg", self._options.lots)
-        say(f"attention at {side} pixels beside embeddings", found)
-        return {"attention_vs_embedding_same_size": found["other_ms"] / found["embedding_ms"]}
 
     def _search(self) -> dict[str, Any]:
         home = self._folder / "filled"

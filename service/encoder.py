@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -16,7 +16,7 @@ from backbone.architectures import Architecture
 from backbone.attention import attention_row, rollout
 from backbone.descriptors import describe
 from backbone.pictures import Mode
-from backbone.preprocess import Extent
+from backbone.preprocess import LONGEST, Extent
 from backbone.pretrained import NamedModel
 from backbone.vit import VisionTransformer
 from service.lanes import Lanes
@@ -41,20 +41,37 @@ class AttentionTask:
     Attributes:
         block: numbered from 0; None: rolled out over all of them.
         point: whose patch's attention is meant; None: that of CLS.
+        resolution: see `TokensTask`.
     """
 
     block: int | None
     point: Point | None = None
+    resolution: int | None = None
 
     def __str__(self) -> str:
         return "attention"
 
 
-Task = Feature | Literal["tokens"] | AttentionTask
+@dataclass(frozen=True, kw_only=True)
+class TokensTask:
+    """The patch tokens [h, w, D] of the whole picture.
+
+    Attributes:
+        resolution: pixels of the short side that the model sees; None: as many in all as it sees
+            for an embedding, so that a map costs what an embedding costs.
+    """
+
+    resolution: int | None = None
+
+    def __str__(self) -> str:
+        return "tokens"
+
+
+Task = Feature | TokensTask | AttentionTask
 """What the model is to do with a picture; a value that can be a key, whose `str` is a short name.
 
 "cls", "last4", "cls+mean" and "copy" give vectors, "patches" the patch tokens [h, w, D] of the same
-view as "cls", "tokens" those of the whole picture, and an `AttentionTask` maps.
+view as "cls", a `TokensTask` those of the whole picture, and an `AttentionTask` maps.
 """
 
 
@@ -67,6 +84,7 @@ class ModelInfo:
         embedding_size: of the CLS embedding.
         copy_embedding_size: of the copy descriptor.
         input_size, patch_size: in pixels; a convolutional network has no patches.
+        max_resolution: of a task about the whole picture, in pixels.
         heads: of attention; 0 for a convolutional network, which has none.
         blocks: transformer blocks; 0 for a convolutional network.
         features: those that the model has, and the length of each; of "patches", of one token.
@@ -80,6 +98,7 @@ class ModelInfo:
     copy_embedding_size: int
     input_size: int
     patch_size: int | None
+    max_resolution: int
     heads: int
     blocks: int
     features: dict[Feature, int]
@@ -88,9 +107,11 @@ class ModelInfo:
 
     @property
     def tasks(self) -> tuple[Task, ...]:
-        """One of each kind that the model can do, to warm it up."""
-        maps: tuple[Task, ...] = (AttentionTask(block=self.blocks - 1),) if self.heads else ()
-        return "cls", "copy", *maps
+        """One of each kind and size that the model can do, to warm it up."""
+        if not self.heads:
+            return "cls", "copy"
+        coarse = AttentionTask(block=self.blocks - 1)
+        return "cls", "copy", coarse, replace(coarse, resolution=self.max_resolution)
 
 
 class Encoder(Protocol):
@@ -129,8 +150,8 @@ class TorchEncoder:
 
     Args:
         device: "auto", "cpu" or "cuda".
-        attention_pixels: short side of the attention's input; 0 is 480/224 of the model's crop,
-            as the original draws it.
+        max_resolution: see `ModelInfo`; 0 is 480/224 of the model's crop, as the original draws
+            attention.
         precision: see `service.precision`.
         compiled: None: where the device is CUDA.
         threads: on the CPU; None is torch's own number.
@@ -145,12 +166,12 @@ class TorchEncoder:
         model: NamedModel,
         *,
         device: str = "auto",
-        attention_pixels: int = 0,
+        max_resolution: int = 0,
         precision: Precision = "fp32",
         compiled: bool | None = None,
         threads: int | None = None,
     ) -> None:
-        self.info = model_info(model, precision)
+        self.info = model_info(model, precision, max_resolution=max_resolution)
         self._device = torch.device(check_device(device))
         artifact = model.artifact
         network = artifact.network().to(self._device)
@@ -162,19 +183,19 @@ class TorchEncoder:
             self._network.compile(dynamic=False)
         in_parts = self._device.type == "cpu" and not self._compiled
         self._lanes = Lanes(threads or torch.get_num_threads()) if in_parts else None
-        self._most: dict[bool, int] = {}  # threads of one product, for whole pictures and for crops
+        self._most: dict[int, int] = {}  # pixels of an input -> threads of one product
         self._preprocess = artifact.preprocess
         self._whitening = artifact.whitening
         self._patch = artifact.architecture.patch_size
-        self._attention_pixels = attention_pixels or round(artifact.preprocess.crop * 480 / 224)
 
     def prepare(self, task: Task, picture: Image.Image, *, extent: Extent | None = None) -> Array:
         """See `Encoder`: squashed for copies, whole for maps, else the centre crop."""
         if task == "copy":
             view = self._preprocess.squash(picture, multiple=self._patch, extent=extent)
-        elif _is_whole(task):
+        elif isinstance(task, TokensTask | AttentionTask):
+            short = self._short_side(task, *(extent or picture.size))
             view = self._preprocess.whole(
-                picture, short_side=self._attention_pixels, multiple=self._patch, extent=extent
+                picture, short_side=short, multiple=self._patch, extent=extent
             )
         else:
             view = self._preprocess.centre_crop(picture, extent=extent)
@@ -184,10 +205,9 @@ class TorchEncoder:
         """See `Encoder`: `SPARE` pixels a side for each of the view's own."""
         if task == "copy":
             view = (self._preprocess.squash_side(multiple=self._patch),) * 2
-        elif _is_whole(task):
-            view = self._preprocess.whole_size(
-                *size, short_side=self._attention_pixels, multiple=self._patch
-            )
+        elif isinstance(task, TokensTask | AttentionTask):
+            short = self._short_side(task, *size)
+            view = self._preprocess.whole_size(*size, short_side=short, multiple=self._patch)
         else:
             view = self._preprocess.centre_crop_size(*size)
         return math.ceil(SPARE * view[0]), math.ceil(SPARE * view[1])
@@ -208,20 +228,21 @@ class TorchEncoder:
         if self._lanes is None or _holds_all_blocks(task):
             results = compute(batch)
         else:
-            results = self._lanes.run(compute, batch, most=self._most.get(_is_whole(task)))
+            results = self._lanes.run(compute, batch, most=self._best(inputs[0]))
         return list(results[: len(inputs)].numpy())
 
     def warm_up(self, task: Task, prepared: Array, *, most: int) -> None:
         """See `Encoder`: every power of two where the network is compiled."""
         for size in self.batch_sizes(most):
             self.run(task, [prepared] * size)
-        if self._lanes is not None and _is_whole(task) not in self._most:
+        pixels = prepared.size
+        if self._lanes is not None and pixels not in self._most:
 
             def once(most: int) -> None:
-                self._most[_is_whole(task)] = most
+                self._most[pixels] = most
                 self.run(task, [prepared])
 
-            self._most[_is_whole(task)] = self._lanes.fastest(once)
+            self._most[pixels] = self._lanes.fastest(once)
 
     def batch_sizes(self, most: int) -> list[int]:
         """Those, up to `most`, that must have run once for the first request to be fast."""
@@ -235,10 +256,25 @@ class TorchEncoder:
             return cls
         return self._whitening.apply(torch.from_numpy(cls)).numpy()
 
+    def _short_side(
+        self, task: TokensTask | AttentionTask, width: float, height: float
+    ) -> int | float:
+        """Of the whole picture as the model sees it, in pixels."""
+        if task.resolution is not None:
+            return task.resolution
+        aspect = max(width, height) / min(width, height)
+        return self._preprocess.crop / math.sqrt(min(aspect, LONGEST))
+
+    def _best(self, prepared: Array) -> int | None:
+        """The threads that were measured with the input that is most like this one."""
+        if not self._most:
+            return None
+        return self._most[min(self._most, key=lambda size: abs(math.log(size / prepared.size)))]
+
     def _results(self, task: Task, batch: Tensor) -> Tensor:
         if isinstance(task, AttentionTask):
             return self._attention(task, batch)
-        if task in ("patches", "tokens"):
+        if isinstance(task, TokensTask) or task == "patches":
             features = self._network(batch)
             tokens: Tensor = features.patches.unflatten(1, features.grid)
             return tokens
@@ -261,11 +297,6 @@ class TorchEncoder:
             # One by one, see `_holds_all_blocks`: rolling out holds what every block was given.
             rows = torch.cat([rollout(network, one[None], query=query) for one in batch])[:, None]
         return rows[..., 1:].reshape(*rows.shape[:2], *grid)
-
-
-def _is_whole(task: Task) -> bool:
-    """Whether it is about the whole picture in its own aspect ratio."""
-    return task == "tokens" or isinstance(task, AttentionTask)
 
 
 def _holds_all_blocks(task: Task) -> bool:
@@ -294,8 +325,10 @@ def _features(architecture: Architecture) -> dict[Feature, int]:
     }
 
 
-def model_info(model: NamedModel, precision: Precision = "fp32") -> ModelInfo:
-    """What the service says of a model, before its network is built.
+def model_info(
+    model: NamedModel, precision: Precision = "fp32", *, max_resolution: int = 0
+) -> ModelInfo:
+    """What the service says of a model, before its network is built; see `TorchEncoder`.
 
     A precision other than fp32 is a part of the fingerprint: its vectors are near those of fp32,
     and not the same.
@@ -318,6 +351,7 @@ def model_info(model: NamedModel, precision: Precision = "fp32") -> ModelInfo:
         copy_embedding_size=architecture.embed_dim + architecture.token_dim,
         input_size=preprocess.crop,
         patch_size=patch if vit else None,
+        max_resolution=max_resolution or round(preprocess.crop * 480 / 224),
         heads=architecture.num_heads,
         blocks=architecture.depth,
         features=_features(architecture),

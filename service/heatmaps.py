@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, get_args
 
 import matplotlib
@@ -87,8 +88,11 @@ def _background(picture: Image.Image, style: Style) -> Image.Image:
 
 def _heat(attention: Maps, size: tuple[int, int], style: Style) -> Pixels:
     heat = _resize(attention / max(float(attention.max()), 1e-12), *size)
-    levels = np.minimum(heat * _LEVELS, _LEVELS - 1).astype(np.uint8)
-    colours = np.asarray(_with_palette(levels, style.colormap).convert("RGB"))
+    heat *= _LEVELS
+    levels = np.minimum(heat, _LEVELS - 1, out=heat).astype(np.uint8)
+    coloured = Image.fromarray(levels)
+    coloured.putpalette(_palette(style.colormap))  # faster than matplotlib's call for each pixel
+    colours = np.asarray(coloured.convert("RGB"))
     if style.threshold is None:
         return colours
     mask = mass_mask(torch.tensor(attention.reshape(1, -1)), style.threshold)
@@ -97,12 +101,10 @@ def _heat(attention: Maps, size: tuple[int, int], style: Style) -> Pixels:
     return np.where(inside[..., None], colours, np.uint8(0))  # what is left out goes dark
 
 
-def _with_palette(levels: Pixels, colormap: Colormap) -> Image.Image:
-    """Numbers of colours as a picture: faster than matplotlib's own call for each pixel."""
-    coloured = Image.fromarray(levels)
-    table = matplotlib.colormaps[colormap](np.arange(_LEVELS), bytes=True)[:, :3]
-    coloured.putpalette(table.tobytes())
-    return coloured
+@cache
+def _palette(colormap: Colormap) -> bytes:
+    table: Pixels = matplotlib.colormaps[colormap](np.arange(_LEVELS), bytes=True)
+    return table[:, :3].tobytes()
 
 
 def _blend(background: Image.Image, colours: Pixels, style: Style) -> Image.Image:

@@ -52,12 +52,12 @@ def find_models(settings: Settings, metrics: Metrics) -> Models:
             return TorchEncoder(
                 find(),
                 device=settings.device,
-                attention_pixels=settings.attention_pixels,
+                max_resolution=settings.max_resolution,
                 precision=settings.precision,
                 threads=threads,
             )
 
-        info = model_info(find(), settings.precision)
+        info = model_info(find(), settings.precision, max_resolution=settings.max_resolution)
         found.append(make_model(info, build, settings, shared))
     return Models(found, pool=shared.pool)
 

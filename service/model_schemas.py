@@ -149,6 +149,14 @@ class AttentionOptions(Options):
         description="attention rolled out over all blocks (arXiv 2005.00928): heads averaged, the "
         "identity added, rows scaled to one, and multiplied",
     )
+    resolution: int | None = Field(
+        default=None,
+        ge=1,
+        description="short side of the picture in pixels as the model sees it, at most "
+        "`max_resolution` of the model: more is finer and slower. Default: as many pixels in all "
+        "as an embedding's input has, so that a map costs about what an embedding costs",
+        examples=[128],
+    )
     threshold: float | None = Field(
         default=None,
         gt=0.0,

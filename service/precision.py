@@ -16,6 +16,9 @@ from backbone.vit import AttentionRows, Block, Group, Kept, Mlp, VisionTransform
 Precision = Literal["fp32", "bf16", "int8"]
 _FEW_TOKENS = 128
 _PICTURES = 4  # in the batch that decides
+# Of tokens in no batch: prime, so they are one picture's; and less CLS twice a prime, so that its
+# patches would lie in one row or in two, which `backbone.preprocess.LONGEST` excludes.
+_NOBODYS_ROWS = 983
 _ABOUT = 1.05  # times as long is about as fast
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
@@ -158,7 +161,12 @@ def _pack(layer: nn.Linear) -> tuple[Tensor, Tensor]:
 
 
 class _Int8Linear(nn.Module):
-    """A linear layer of 8-bit weights whose inputs are rounded to 8 bits as they come."""
+    """A linear layer of 8-bit weights whose inputs are rounded to 8 bits as they come.
+
+    Several threads may compute with one. Inside, torch keeps what it made for the first shape of
+    inputs that came, scales included, and writes each call's scales there: calls of that shape
+    would compute with each other's. So the first is one of `_NOBODYS_ROWS`.
+    """
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -171,6 +179,7 @@ class _Int8Linear(nn.Module):
             warnings.simplefilter("ignore")
             quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
             self._packed: Any = torch.ops.quantized.linear_prepack(quantized, bias)
+        self(torch.zeros(_NOBODYS_ROWS, layer.in_features))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] -> [..., outputs], float32."""

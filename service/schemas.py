@@ -120,6 +120,9 @@ class ModelCard(Answer):
     )
     input_size: int = Field(description="side of the square that cls is made of, in pixels")
     patch_size: int | None = Field(description="side in pixels; null for a convolutional network")
+    max_resolution: int = Field(
+        description="most pixels of the short side that maps may be made of", examples=[137]
+    )
     blocks: int = Field(description="0 for a convolutional network")
     heads: int = Field(description="0 for a convolutional network, which has no attention")
     picture_mode: Mode = Field(description="what it sees of a picture: grey (L), RGB or RGBA")

@@ -185,10 +185,11 @@ class Settings(BaseSettings):
         ge=0,
         description="time for requests under way after SIGTERM; then they are answered 503",
     )
-    attention_pixels: int = Field(
+    max_resolution: int = Field(
         default=0,
         ge=0,
-        description="short side at which attention is computed; 0 is 480/224 of the model's crop",
+        description="most pixels of a picture's short side that /v1/attention may ask the model to "
+        "see; 0 is 480/224 of the model's crop",
     )
     max_decode_queue: int = Field(
         default=512, ge=1, description="most pictures that are decoded or wait for it; beyond, 429"

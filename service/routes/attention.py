@@ -8,7 +8,7 @@ from PIL import Image
 
 from service import heatmaps, patch_maps, uploads
 from service.encoded import EncodedPicture
-from service.encoder import Array, AttentionTask, ModelInfo, Task
+from service.encoder import Array, AttentionTask, ModelInfo, Task, TokensTask
 from service.errors import RequestError
 from service.model_schemas import AttentionAnswer, AttentionOptions, AttentionRequest
 from service.routes.embeddings import npy
@@ -87,10 +87,19 @@ def _task(options: AttentionOptions, info: ModelInfo) -> Task:
     """What is asked of the model.
 
     Raises:
-        RequestError: attention of a convolutional network, or a head or block that is not there.
+        RequestError: attention of a convolutional network, a head or block that is not there, or
+            more pixels than may be asked for.
     """
+    resolution = options.resolution
+    if resolution is not None and resolution > info.max_resolution:
+        raise RequestError(
+            f"resolution is {resolution}; of the model {info.name!r} at most "
+            f"{info.max_resolution} may be asked for",
+            code="invalid_resolution",
+            param="resolution",
+        )
     if options.view != "attention":
-        return "tokens"
+        return TokensTask(resolution=resolution)
     if not info.heads:
         raise RequestError(
             f"the model {info.name!r} ({info.architecture}) is a convolutional network, which has "
@@ -112,7 +121,11 @@ def _task(options: AttentionOptions, info: ModelInfo) -> Task:
             code="invalid_block",
             param="block",
         )
-    return AttentionTask(block=None if options.rollout else block % info.blocks, point=options.at)
+    return AttentionTask(
+        block=None if options.rollout else block % info.blocks,
+        point=options.at,
+        resolution=resolution,
+    )
 
 
 def _check_together(options: AttentionOptions) -> None:

@@ -77,7 +77,7 @@ function showModel(found) {
   model = found;
   $("fact-model").textContent = `${found.id} (${found.architecture})`;
   $("fact-embedding").textContent = `${found.embedding_size} numbers`;
-  attention.setHeads(found.heads);
+  attention.setModel(found);
 }
 
 function showCollections(list) {

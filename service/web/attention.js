@@ -16,6 +16,7 @@ export class AttentionPanel {
   #headsNote = $("attention-note").textContent;
   #idleNote = this.#headsNote;
   #onError;
+  #resolution;
 
   /** `onError(error, box, retry)` says what went wrong. */
   constructor(onError) {
@@ -25,7 +26,8 @@ export class AttentionPanel {
   }
 
   /** A convolutional network has no heads: there is nothing to draw, and the note says why. */
-  setHeads(count) {
+  setModel({ heads: count, max_resolution: resolution }) {
+    this.#resolution = resolution; // maps as fine as the service makes them
     this.#idleNote = count
       ? this.#headsNote
       : "This model is a convolutional network, which has no attention to show";
@@ -83,7 +85,8 @@ export class AttentionPanel {
   }
 
   async #drawOne(tile, blob, name, signal) {
-    const png = await postAttention(blob, { head: tile.head, ...drawing() }, signal);
+    const options = { head: tile.head, resolution: this.#resolution, ...drawing() };
+    const png = await postAttention(blob, options, signal);
     await tile.image.show(png, `${tile.caption}: attention over ${name}`);
     if (signal.aborted) return;
     this.setRatio(tile.image.ratio);

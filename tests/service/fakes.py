@@ -11,7 +11,7 @@ from PIL import Image
 
 from backbone.preprocess import Extent
 from service.app import create_app
-from service.encoder import Array, AttentionTask, ModelInfo, Task
+from service.encoder import Array, AttentionTask, ModelInfo, Task, TokensTask
 from service.lifecycle import End
 from service.loading import make_model, share
 from service.metrics import Metrics
@@ -42,6 +42,7 @@ class FakeEncoder:
             copy_embedding_size=96,
             input_size=16,
             patch_size=4,
+            max_resolution=34,
             heads=2,
             blocks=2,
             features={"cls": 48, "last4": 192, "cls+mean": 51, "patches": 3, "copy": 96},
@@ -57,7 +58,7 @@ class FakeEncoder:
     def prepare(self, task: Task, picture: Image.Image, *, extent: Extent | None = None) -> Array:
         self._decoding.go_through()
         width, height = picture.size
-        if task == "tokens" or isinstance(task, AttentionTask):
+        if isinstance(task, TokensTask | AttentionTask):
             shape = (max(1, min(64, width // self.cell)), max(1, min(64, height // self.cell)))
         else:
             shape = (4, 4)
@@ -97,7 +98,7 @@ class FakeEncoder:
     def _result(task: Task, pixels: Array) -> Array:
         if isinstance(task, AttentionTask):
             return _attention(task, pixels)
-        if task in ("patches", "tokens"):
+        if isinstance(task, TokensTask) or task == "patches":
             return np.ascontiguousarray(pixels.transpose(1, 2, 0)) / np.float32(255.0)
         vector = pixels.reshape(-1) / 255.0 - 0.4987
         more: dict[Task, Array] = {

@@ -1,6 +1,7 @@
 """The encoder of a real network, tiny and untrained."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from backbone.preprocess import Preprocess
 from backbone.pretrained import NamedModel, load_model
 from backbone.vit import Block
 from service import precision
-from service.encoder import FEATURES, AttentionTask, Task, TorchEncoder, batch_kind
+from service.encoder import FEATURES, AttentionTask, Task, TokensTask, TorchEncoder, batch_kind
 from service.lanes import Lanes
 from service.patch_maps import patch_at
 from service.precision import Precision, in_precision
@@ -26,7 +27,7 @@ from tests.service.pictures import RED, noise, plain
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "photos"
 TASKS: tuple[Task, ...] = (
     *FEATURES,
-    "tokens",
+    TokensTask(),
     AttentionTask(block=11),
     AttentionTask(block=0, point=(0.9, 0.1)),
     AttentionTask(block=None),
@@ -114,8 +115,8 @@ def test_features_are_the_networks(encoder: TorchEncoder, model: NamedModel) -> 
 
 
 def test_tokens_are_those_of_the_whole_picture(encoder: TorchEncoder, model: NamedModel) -> None:
-    prepared = encoder.prepare("tokens", noise(2, (60, 40)))
-    (tokens,) = encoder.run("tokens", [prepared])
+    prepared = encoder.prepare(TokensTask(), noise(2, (60, 40)))
+    (tokens,) = encoder.run(TokensTask(), [prepared])
     with torch.no_grad():
         features = model.artifact.network()(torch.from_numpy(prepared)[None])
     assert tokens.shape == (*features.grid, 192)
@@ -126,12 +127,12 @@ def test_tokens_are_those_of_the_whole_picture(encoder: TorchEncoder, model: Nam
 def test_maps_are_the_cls_row_without_cls(
     encoder: TorchEncoder, model: NamedModel, size: tuple[int, int]
 ) -> None:
-    task = AttentionTask(block=11)
+    task = AttentionTask(block=11, resolution=69)
     prepared = encoder.prepare(task, noise(2, size))
     (maps,) = encoder.run(task, [prepared])
     rows, columns = prepared.shape[1] // 16, prepared.shape[2] // 16
     assert maps.shape == (3, rows, columns)
-    assert min(rows, columns) == round(32 * 480 / 224 / 16)
+    assert min(rows, columns) == round(69 / 16)
     assert (columns > rows, columns < rows) == (size[0] > size[1], size[0] < size[1])
     full = model.artifact.network()(torch.from_numpy(prepared)[None], attention="full").attention
     assert full is not None
@@ -178,9 +179,26 @@ def test_odd_sizes(encoder: TorchEncoder, size: tuple[int, int]) -> None:
         assert np.isfinite(result).all()
 
 
-def test_attention_pixels(model: NamedModel) -> None:
-    encoder = TorchEncoder(model, device="cpu", attention_pixels=128)
-    assert encoder.prepare("tokens", noise(1, (60, 30))).shape == (3, 128, 256)
+@pytest.mark.parametrize(
+    ("size", "seen"),
+    [((60, 60), (128, 128)), ((60, 30), (192, 96)), ((10, 99), (64, 256)), ((99, 10), (256, 64))],
+)
+def test_whole_pictures_have_about_as_many_pixels_as_embeddings(
+    model: NamedModel, size: tuple[int, int], seen: tuple[int, int]
+) -> None:
+    larger = replace(model.artifact, preprocess=Preprocess.in_proportion(128, patch_size=16))
+    encoder = TorchEncoder(replace(model, artifact=larger), device="cpu")
+    for task in (TokensTask(), AttentionTask(block=0)):
+        assert encoder.prepare(task, noise(1, size)).shape == (3, *reversed(seen))
+        assert encoder.needed(task, size) == (3 * seen[0], 3 * seen[1])
+
+
+def test_resolution(model: NamedModel) -> None:
+    encoder = TorchEncoder(model, device="cpu", max_resolution=128)
+    assert encoder.info.max_resolution == 128
+    for task in (TokensTask(resolution=128), AttentionTask(block=0, resolution=128)):
+        assert encoder.prepare(task, noise(1, (60, 30))).shape == (3, 128, 256)
+    assert TorchEncoder(model, device="cpu").info.max_resolution == round(32 * 480 / 224)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -254,15 +272,15 @@ def test_int8_parts_do_not_disturb_each_other(model: NamedModel) -> None:
     )
     batch = [alone.prepare("cls", noise(seed)) for seed in range(8)]
     expected = [*alone.run("cls", batch[:4]), *alone.run("cls", batch[4:])]
-    for _ in range(20):
+    for _ in range(60):
         assert np.array_equal(beside.run("cls", batch), expected)
 
 
-def test_the_best_number_of_threads_is_of_crops_or_of_whole_pictures(
+def test_the_best_number_of_threads_is_that_of_inputs_about_as_large(
     model: NamedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = TorchEncoder(model, device="cpu", threads=2)
-    answers = iter([1, 2])
+    answers = iter([1, 1, 2])  # of the embeddings' size, the copies', and the finest
     monkeypatch.setattr(Lanes, "fastest", lambda *_: next(answers))
     used: list[tuple[int, int | None]] = []
 
@@ -271,14 +289,20 @@ def test_the_best_number_of_threads_is_of_crops_or_of_whole_pictures(
         return compute(batch)
 
     monkeypatch.setattr(Lanes, "run", run)
-    tasks: tuple[Task, ...] = ("cls", "copy", AttentionTask(block=11), AttentionTask(block=None))
-    inputs = [encoder.prepare(task, noise(0)) for task in tasks]
+    fine = AttentionTask(block=11, resolution=encoder.info.max_resolution)
+    tasks: tuple[Task, ...] = ("cls", "copy", AttentionTask(block=11), fine)
+    assert encoder.info.tasks == tasks
+    inputs = [encoder.prepare(task, noise(1, (48, 48))) for task in tasks]
     for task, one in zip(tasks, inputs, strict=True):
-        encoder.warm_up(task, one, most=8)
+        encoder.warm_up(task, one, most=4)
     used.clear()
     for task, one in zip(tasks, inputs, strict=True):
         encoder.run(task, [one, one])
-    assert used == [(2, 1), (2, 1), (2, 2)]  # rolled out one by one, outside
+    nearly = AttentionTask(block=11, resolution=60)
+    encoder.run(nearly, [encoder.prepare(nearly, noise(1, (60, 48)))])
+    rolled_out = AttentionTask(block=None)
+    encoder.run(rolled_out, [inputs[0]])  # picture by picture, outside
+    assert used == [(2, 1), (2, 1), (2, 1), (2, 2), (1, 2)]
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="real pictures are not there")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.encoder import AttentionTask, Task
+from service.encoder import AttentionTask, Task, TokensTask
 from service.patch_maps import principal_components, similarity
 from tests.service.answers import error_of, json_of
 from tests.service.fakes import FakeEncoder
@@ -55,6 +55,7 @@ async def numbers(client: httpx.AsyncClient, **options: Any) -> dict[str, Any]:
         ({"block": -2}, AttentionTask(block=0), 0),
         ({"point": "0.9,0.1"}, AttentionTask(block=1, point=(0.9, 0.1)), 1),
         ({"point": "0, 1", "block": 0}, AttentionTask(block=0, point=(0.0, 1.0)), 0),
+        ({"resolution": 34}, AttentionTask(block=1, resolution=34), 1),
         ({"rollout": "true"}, AttentionTask(block=None), None),
         ({"rollout": "true", "point": ".5,1.0"}, AttentionTask(block=None, point=(0.5, 1.0)), None),
         ({"rollout": "true", "head": "mean"}, AttentionTask(block=None), None),
@@ -87,8 +88,8 @@ async def test_a_point_in_json_may_be_a_list(client: httpx.AsyncClient) -> None:
 
 async def test_components_of_the_tokens(client: httpx.AsyncClient, encoder: FakeEncoder) -> None:
     answer = await numbers(client, view="pca")
-    assert encoder.calls == [("tokens", 1)]
-    expected = principal_components(result(encoder, "tokens"))
+    assert encoder.calls == [(TokensTask(), 1)]
+    expected = principal_components(result(encoder, TokensTask()))
     assert np.allclose(answer["maps"], expected, atol=1e-6)
     assert (answer["view"], answer["block"], answer["heads"]) == ("pca", None, [0, 1, 2])
 
@@ -99,7 +100,7 @@ async def test_components_are_colours(client: httpx.AsyncClient, encoder: FakeEn
     assert first.content == again.content
     pixels = np.asarray(opened(first.content)).astype(float)
     assert pixels.shape == (SIZE[1], SIZE[0], 3)
-    components = principal_components(result(encoder, "tokens"))
+    components = principal_components(result(encoder, TokensTask()))
     for channel, one in zip(pixels.transpose(2, 0, 1), components, strict=True):
         low, high = one.min(), one.max()
         patches = np.asarray(
@@ -112,8 +113,8 @@ async def test_components_are_colours(client: httpx.AsyncClient, encoder: FakeEn
 
 async def test_similarity_to_a_patch(client: httpx.AsyncClient, encoder: FakeEncoder) -> None:
     answer = await numbers(client, view="similarity", point="0.95,0.05")
-    assert encoder.calls == [("tokens", 1)]
-    expected = similarity(result(encoder, "tokens"), (0.95, 0.05))
+    assert encoder.calls == [(TokensTask(), 1)]
+    expected = similarity(result(encoder, TokensTask()), (0.95, 0.05))
     assert np.allclose(answer["maps"], expected, atol=1e-6)
     assert answer["maps"][0][0][9] == pytest.approx(1.0)
     assert answer["heads"] == ["similarity"]
@@ -190,6 +191,16 @@ async def test_what_cannot_go_together_is_named(
     other = f"view={options['view']}" if "view" in options else "rollout"
     assert error["message"].startswith(param)
     assert other in error["message"]
+    assert not encoder.calls
+
+
+@pytest.mark.parametrize("view", ["attention", "pca"])
+async def test_more_pixels_than_the_model_may_see(
+    client: httpx.AsyncClient, encoder: FakeEncoder, view: str
+) -> None:
+    error = error_of(await ask(client, view=view, resolution=35), 400, "invalid_resolution")
+    assert error["param"] == "resolution"
+    assert "at most 34" in error["message"]
     assert not encoder.calls
 
 

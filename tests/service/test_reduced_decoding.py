@@ -84,7 +84,8 @@ def encoder() -> TorchEncoder:
 
 @real_photos
 @pytest.mark.parametrize(
-    ("task", "reduction"), [("cls", 4), ("copy", 4), (AttentionTask(block=11), 2), ("cls", 8)]
+    ("task", "reduction"),
+    [("cls", 4), ("copy", 4), (AttentionTask(block=11, resolution=137), 2), ("cls", 8)],
 )
 def test_results_are_those_of_the_whole_picture(
     encoder: TorchEncoder, task: Task, reduction: int
