@@ -8,7 +8,7 @@ trap 'rm -rf "$scratch"' EXIT
 for name in astronaut chelsea rocket; do
   for head in mean all; do
     curl -sf -F "image=@pictures/$name.jpg" -o "$scratch/$name-$head.png" \
-      "$url/v1/attention?head=$head&size=240&colormap=inferno&overlay=0.75"
+      "$url/v1/attention?head=$head&size=240&resolution=137&colormap=inferno&overlay=0.75"
   done
 done
 "${PYTHON:-python3}" - "$scratch" <<'PYTHON'

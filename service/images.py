@@ -6,11 +6,13 @@ picture becomes is told in `backbone.pictures`.
 
 import base64
 import binascii
+import ctypes
 import io
 import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
@@ -165,12 +167,25 @@ def thumbnail(picture: Image.Image, *, side: int = THUMBNAIL_SIDE) -> bytes:
 
 
 def quiet_decoders() -> None:
-    """Keeps Pillow's notes on odd pictures out of the log, where a user's mistake is no error.
+    """Keeps notes on odd pictures out of the log, where a user's mistake is no error.
 
-    For the whole process: Python cannot change the filters for one thread alone.
+    Pillow's, and those that libtiff writes to the standard error stream, between lines of JSON. For
+    the whole process: Python cannot change the filters for one thread alone.
     """
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    for library in _loaded("libtiff"):
+        library.TIFFSetErrorHandler(None)
+        library.TIFFSetWarningHandler(None)
+
+
+def _loaded(name: str) -> list[ctypes.CDLL]:
+    """The shared libraries of that name which this process has loaded; on Linux alone."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return []
+    paths = {line.split()[-1] for line in maps.read_text().splitlines() if name in line}
+    return [ctypes.CDLL(path) for path in sorted(paths)]
 
 
 def _decode(opened: Image.Image, mode: Mode, reduction: int) -> Decoded:

@@ -1,16 +1,22 @@
 """Pictures in, vectors and maps out: decoding in threads, the model behind its batcher."""
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Iterable, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Hashable,
+    Sequence,
+)
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from PIL import Image
 
 from backbone.pictures import Mode
 from service import images, measurements
 from service.batcher import Batcher, Job
+from service.deadlines import DeadlineExceeded, WaitedTooLong
 from service.decode_pool import DecodePool
 from service.encoded import QUICKLY_HASHED, EncodedPicture, ReadPicture
 from service.encoder import (
@@ -26,6 +32,7 @@ from service.errors import ImageError
 from service.fetching import Fetcher
 from service.metrics import Metrics
 from service.sharing import Flights, ResultCache
+from service.together import all_or_none, first_error_of
 
 T = TypeVar("T")
 
@@ -116,7 +123,7 @@ class Vision:
         """
         if len(pictures) == 1:
             return [await self._encode_one(task, pictures[0])]
-        found = await _first_error_of(
+        found = await first_error_of(
             [self._kept_or_prepared(task, picture) for picture in pictures]
         )
         prepared = [one for one in found if isinstance(one, Prepared)]
@@ -202,17 +209,8 @@ class Vision:
         if kept is not None:
             return kept
 
-        async def work(_: Sequence[int]) -> list[Array]:
-            return [await self._compute(task, read)]
-
-        try:
-            (result,) = await self._running.share([self._key(task, read.content_hash)], work)
-        except ImageError as error:
-            if error.param == read.param:
-                raise
-            # Another request's error names a place in that request.
-            return await self._compute(task, read)
-        return result
+        key = self._key(task, read.content_hash)
+        return await _shared(self._running, key, lambda: self._compute(task, read), read.param)
 
     async def _compute(self, task: Task, read: ReadPicture) -> Array:
         request = measurements.current()
@@ -255,17 +253,8 @@ class Vision:
             yield replace(picture, content=content)
 
     async def _prepare(self, read: ReadPicture, wanted: "_Wanted") -> Prepared:
-        async def work(_: Sequence[int]) -> list[Prepared]:
-            return [await self._decode(read, wanted)]
-
-        try:
-            (prepared,) = await self._preparing.share([(read.content_hash, wanted)], work)
-        except ImageError as error:
-            if error.param == read.param:
-                raise
-            # Another request's error names a place in that request.
-            return await self._decode(read, wanted)
-        return prepared
+        key = read.content_hash, wanted
+        return await _shared(self._preparing, key, lambda: self._decode(read, wanted), read.param)
 
     async def _decode(self, read: ReadPicture, wanted: "_Wanted") -> Prepared:
         return await self._pool.run(
@@ -311,7 +300,12 @@ class Vision:
                 self.cache.put(keys[missing[i]], result)
             return results
 
-        computed = iter(await self._running.share([keys[i] for i in missing], work))
+        try:
+            computed = iter(await self._running.share([keys[i] for i in missing], work))
+        except (WaitedTooLong, DeadlineExceeded):
+            if measurements.current().is_late:
+                raise
+            return await self._run(task, prepared)  # another request's deadline
         return [next(computed) if result is None else result for result in kept]
 
     async def _submit(self, task: Task, inputs: Sequence[Array]) -> list[Array]:
@@ -348,34 +342,26 @@ class _Wanted:
     background_side: int | None = None
 
 
-async def _first_error_of(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """The results of all, in order.
+async def _shared(
+    flights: Flights[Hashable, T], key: Hashable, compute: Callable[[], Awaitable[T]], param: str
+) -> T:
+    """What another request is computing under that key, or `compute()` where none is.
 
-    Raises:
-        ImageError: of the first picture, in order, that has one.
-        Exception: any other error, as soon as it shows; the rest is cancelled.
+    Where it fails for that request alone (its deadline comes, or the error names the place of a
+    picture there, which is another than `param`), `compute()` too.
     """
 
-    async def bad_picture_apart(one: Coroutine[Any, Any, T]) -> T | ImageError:
-        try:
-            return await one
-        except ImageError as error:
-            return error
+    async def work(_: Sequence[int]) -> list[T]:
+        return [await compute()]
 
-    found = await all_or_none(bad_picture_apart(one) for one in work)
-    for one in found:
-        if isinstance(one, ImageError):
-            raise one
-    return [one for one in found if not isinstance(one, ImageError)]
-
-
-async def all_or_none(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """The results of all, in order; where one fails, the others are cancelled and it is raised."""
-    tasks = [asyncio.ensure_future(one) for one in work]
     try:
-        return await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
+        (result,) = await flights.share([key], work)
+    except ImageError as error:
+        if error.param == param:
+            raise
+    except (WaitedTooLong, DeadlineExceeded):
+        if measurements.current().is_late:
+            raise
+    else:
+        return result
+    return await compute()

@@ -41,7 +41,8 @@ from service.schemas import (
     StoredImages,
 )
 from service.services import Served, Services
-from service.vision import Prepared, Vision, all_or_none
+from service.together import all_or_none
+from service.vision import Prepared, Vision
 
 router = APIRouter(prefix="/v1/collections", tags=["collections"], responses=ERRORS)
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +304,7 @@ def test_httpx_gets_maps_that_are_the_networks(url: str, artifact: Any) -> None:
     whole = features.attention[0].numpy()
     query = 1 + (h // 4) * w + w // 2  # the patch at half of the width, a quarter of the height
     point = f"{(w // 2 + 0.5) / w:.4f},{(h // 4 + 0.5) / h:.4f}"
+    ask_finely = partial(ask, url, resolution=short)
     for options, row in (
         ({"head": "all"}, whole[:, 0]),
         ({"head": "max"}, whole[:, 0].max(axis=0, keepdims=True)),
@@ -310,12 +312,12 @@ def test_httpx_gets_maps_that_are_the_networks(url: str, artifact: Any) -> None:
         ({"rollout": "true"}, product[:1].numpy()),
         ({"rollout": "true", "point": point}, product[query : query + 1].numpy()),
     ):
-        assert np.allclose(ask(url, **options), row[:, 1:].reshape(-1, h, w), atol=1e-5), options
+        assert np.allclose(ask_finely(**options), row[:, 1:].reshape(-1, h, w), atol=1e-5), options
     likeness = similarity(tokens, ((w // 2 + 0.5) / w, (h // 4 + 0.5) / h))
-    assert np.allclose(ask(url, view="similarity", point=point), likeness, atol=1e-4)
-    components = ask(url, view="pca")
+    assert np.allclose(ask_finely(view="similarity", point=point), likeness, atol=1e-4)
+    components = ask_finely(view="pca")
     assert np.allclose(components, principal_components(tokens), atol=1e-2)
-    assert np.array_equal(components, ask(url, view="pca"))
+    assert np.array_equal(components, ask_finely(view="pca"))
     assert not np.allclose(ask(url, block=3), ask(url, block=-1), atol=1e-4)
 
 

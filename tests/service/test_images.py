@@ -1,4 +1,6 @@
 import io
+import subprocess
+import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -123,3 +125,29 @@ def test_thumbnails_leave_the_picture_as_it_is() -> None:
 def test_a_picture_outlives_its_file() -> None:
     picture = decode(png(1), LIMITS, param="x")
     assert picture.copy().tobytes() == Image.open(io.BytesIO(png(1))).tobytes()
+
+
+_READ_A_DAMAGED_TIFF = """
+import io, sys
+from PIL import Image
+from service.images import quiet_decoders
+
+if sys.argv[1] == "quietly":
+    quiet_decoders()
+whole = io.BytesIO()
+Image.effect_noise((64, 64), 90).save(whole, "TIFF", compression="tiff_lzw")
+content = bytearray(whole.getvalue())
+content[40:400] = bytes(360)
+try:
+    Image.open(io.BytesIO(bytes(content))).load()
+except OSError:
+    print("refused")
+"""
+
+
+@pytest.mark.parametrize("how", ["quietly", "as it comes"])
+def test_libtiff_says_nothing_between_the_lines_of_the_log(how: str) -> None:
+    command = [sys.executable, "-c", _READ_A_DAMAGED_TIFF, how]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert ended.stdout == "refused\n"
+    assert (ended.stderr == "") == (how == "quietly")

@@ -151,3 +151,20 @@ async def test_a_client_that_leaves_while_its_picture_is_decoded_costs_the_model
     json_of(await client.post(URL, json=body(2)))
     assert encoder.calls == [("cls", 1)]
     assert batcher.waiting == 0
+
+
+@pytest.mark.parametrize("seeds", [(1,), (1, 2)])
+async def test_who_joins_has_a_deadline_of_their_own(
+    serve: Serve, encoder: FakeEncoder, seeds: tuple[int, ...]
+) -> None:
+    async with serve(deadline_seconds=1.5, raise_errors=False) as client:
+        with encoder.busy() as model:
+            first = asyncio.ensure_future(client.post(URL, json=body(*seeds)))
+            await asyncio.to_thread(model.wait_until_reached)
+            await asyncio.sleep(0.7)
+            second = asyncio.ensure_future(client.post(URL, json=body(*seeds)))
+            await until_joined(client, len(seeds))
+            error_of(await first, 503, "deadline_exceeded")
+            assert not second.done()
+            model.open()
+            json_of(await second)
