@@ -98,18 +98,17 @@ class Server(_Process):
 
 
 class Service(Server):
-    """`python -m service` with default settings but for `others`, its collections in `folder`."""
+    """`python -m service` with default settings, its collections in `folder`."""
 
     path, field = "/v1/embeddings", "image"
 
-    def __init__(self, folder: Path, model: str, **others: object) -> None:
+    def __init__(self, folder: Path, model: str) -> None:
         port = free_port()
         environment = {
             "DINOSCOPE_PORT": str(port),
             "DINOSCOPE_DATA_DIR": str(folder),
             "DINOSCOPE_MODEL": model,
             "DINOSCOPE_LOG_LEVEL": "warning",
-            **{f"DINOSCOPE_{name.upper()}": str(value) for name, value in others.items()},
         }
         super().__init__([sys.executable, "-m", "service"], environment, port=port, ready="/readyz")
 

@@ -256,14 +256,13 @@ class TorchEncoder:
             return cls
         return self._whitening.apply(torch.from_numpy(cls)).numpy()
 
-    def _short_side(
-        self, task: TokensTask | AttentionTask, width: float, height: float
-    ) -> int | float:
+    def _short_side(self, task: TokensTask | AttentionTask, width: float, height: float) -> float:
         """Of the whole picture as the model sees it, in pixels."""
         if task.resolution is not None:
             return task.resolution
         aspect = max(width, height) / min(width, height)
-        return self._preprocess.crop / math.sqrt(min(aspect, LONGEST))
+        side = self._preprocess.crop / math.sqrt(min(aspect, LONGEST))
+        return min(side, self.info.max_resolution)
 
     def _best(self, prepared: Array) -> int | None:
         """The threads that were measured with the input that is most like this one."""

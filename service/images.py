@@ -9,6 +9,7 @@ import binascii
 import ctypes
 import io
 import logging
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -180,12 +181,13 @@ def quiet_decoders() -> None:
 
 
 def _loaded(name: str) -> list[ctypes.CDLL]:
-    """The shared libraries of that name which this process has loaded; on Linux alone."""
+    """The shared libraries of that name, with or without a version, in this process; on Linux."""
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return []
-    paths = {line.split()[-1] for line in maps.read_text().splitlines() if name in line}
-    return [ctypes.CDLL(path) for path in sorted(paths)]
+    found = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines()}
+    paths = sorted(path for path in map(Path, found) if re.match(rf"{name}[-.].*", path.name))
+    return [ctypes.CDLL(str(path)) for path in paths if path.is_file()]
 
 
 def _decode(opened: Image.Image, mode: Mode, reduction: int) -> Decoded:

@@ -153,8 +153,9 @@ class AttentionOptions(Options):
         default=None,
         ge=1,
         description="short side of the picture in pixels as the model sees it, at most "
-        "`max_resolution` of the model: more is finer and slower. Default: as many pixels in all "
-        "as an embedding's input has, so that a map costs about what an embedding costs",
+        "`max_resolution` of the model, rounded to whole patches: more is finer and slower. "
+        "Default: about as many pixels in all as an embedding's input has, so that a map costs "
+        "what an embedding costs",
         examples=[128],
     )
     threshold: float | None = Field(

@@ -17,7 +17,8 @@ Precision = Literal["fp32", "bf16", "int8"]
 _FEW_TOKENS = 128
 _PICTURES = 4  # in the batch that decides
 # Of tokens in no batch: prime, so they are one picture's; and less CLS twice a prime, so that its
-# patches would lie in one row or in two, which `backbone.preprocess.LONGEST` excludes.
+# patches would lie in one row or in two, which `backbone.preprocess.LONGEST` excludes. (The last
+# block may see CLS alone: nobody has 983 pictures in one part of a batch.)
 _NOBODYS_ROWS = 983
 _ABOUT = 1.05  # times as long is about as fast
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)

@@ -1,14 +1,9 @@
 """Pictures in, vectors and maps out: decoding in threads, the model behind its batcher."""
 
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Hashable,
-    Sequence,
-)
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 from PIL import Image
@@ -55,8 +50,8 @@ class Prepared:
 class Vision:
     """Joins the decoding threads and the model's thread behind asynchronous calls.
 
-    Equal pictures (by the SHA-256 of their content) that are under way are decoded and computed
-    once, and results are kept in the cache.
+    Equal pictures (by the SHA-256 of their content) that are under way are computed once, and
+    results are kept in the cache.
 
     Args:
         pool, cache, fetcher: may be shared with other models; whoever made them closes them.
@@ -208,16 +203,20 @@ class Vision:
         read, kept = await self._kept(task, picture)
         if kept is not None:
             return kept
+        key, first = self._key(task, read.content_hash), [read]
+        del read  # its bytes are counted while it is decoded, and are not held for longer
 
-        key = self._key(task, read.content_hash)
-        return await _shared(self._running, key, lambda: self._compute(task, read), read.param)
+        async def compute() -> Array:
+            return await self._compute(task, first.pop() if first else await self._read(picture))
+
+        return await _shared(self._running, key, compute, picture.param)
 
     async def _compute(self, task: Task, read: ReadPicture) -> Array:
-        request = measurements.current()
+        key, request = self._key(task, read.content_hash), measurements.current()
         jobs: list[Job[Array, Array]] = []
         is_wanted = True
 
-        def work() -> None:
+        def work(read: ReadPicture) -> None:
             prepared = self._decoded(read, _Wanted((task,))).inputs[task]
             if is_wanted:
                 kind = batch_kind(task, prepared)
@@ -226,12 +225,13 @@ class Vision:
                 self.batcher.withdraw(jobs)
 
         try:
-            await self._pool.run(work, held_bytes=len(read.content))
+            await self._pool.run(partial(work, read), held_bytes=len(read.content))
+            del read
             (result,) = await self.batcher.results(jobs, deadline=request.deadline)
         finally:
             is_wanted = False
             self.batcher.withdraw(jobs)
-        self.cache.put(self._key(task, read.content_hash), result)
+        self.cache.put(key, result)
         return result
 
     async def _read(self, picture: EncodedPicture) -> ReadPicture:
@@ -300,12 +300,7 @@ class Vision:
                 self.cache.put(keys[missing[i]], result)
             return results
 
-        try:
-            computed = iter(await self._running.share([keys[i] for i in missing], work))
-        except (WaitedTooLong, DeadlineExceeded):
-            if measurements.current().is_late:
-                raise
-            return await self._run(task, prepared)  # another request's deadline
+        computed = iter(await self._running.share([keys[i] for i in missing], work))
         return [next(computed) if result is None else result for result in kept]
 
     async def _submit(self, task: Task, inputs: Sequence[Array]) -> list[Array]:
@@ -347,21 +342,25 @@ async def _shared(
 ) -> T:
     """What another request is computing under that key, or `compute()` where none is.
 
-    Where it fails for that request alone (its deadline comes, or the error names the place of a
-    picture there, which is another than `param`), `compute()` too.
+    What fails for that request alone (its deadline came, or the error names the place of a picture
+    there, which is another than `param`) is tried anew.
     """
+    while True:
+        is_own = False
 
-    async def work(_: Sequence[int]) -> list[T]:
-        return [await compute()]
+        async def work(_: Sequence[int]) -> list[T]:
+            nonlocal is_own
+            is_own = True
+            return [await compute()]
 
-    try:
-        (result,) = await flights.share([key], work)
-    except ImageError as error:
-        if error.param == param:
-            raise
-    except (WaitedTooLong, DeadlineExceeded):
-        if measurements.current().is_late:
-            raise
-    else:
-        return result
-    return await compute()
+        try:
+            (result,) = await flights.share([key], work)
+        except ImageError as error:
+            if is_own or error.param == param:
+                raise
+            return await compute()
+        except (WaitedTooLong, DeadlineExceeded):
+            if is_own:
+                raise
+        else:
+            return result

@@ -98,6 +98,9 @@ def _task(options: AttentionOptions, info: ModelInfo) -> Task:
             code="invalid_resolution",
             param="resolution",
         )
+    if resolution is not None and info.patch_size is not None:
+        # What the model sees; so requests that mean the same share batches and results.
+        resolution = info.patch_size * max(1, round(resolution / info.patch_size))
     if options.view != "attention":
         return TokensTask(resolution=resolution)
     if not info.heads:

@@ -149,7 +149,6 @@ def service() -> Iterator[tuple["subprocess.Popen[bytes]", httpx.Client]]:
         given = {
             "DINOSCOPE_DATA_DIR": f"{folder}/data",
             "DINOSCOPE_PORT": "0",
-            "DINOSCOPE_MAX_RESOLUTION": "64",  # the model is not what is tried here
         }
         log = Path(folder) / "log"
         with log.open("wb") as stderr:

@@ -14,7 +14,7 @@ from backbone.architectures import Architecture
 from backbone.artifact import Artifact, write_artifact
 from backbone.attention import rollout
 from backbone.descriptors import copy_descriptor
-from backbone.preprocess import Preprocess
+from backbone.preprocess import LONGEST, Preprocess
 from backbone.pretrained import NamedModel, load_model
 from backbone.vit import Block
 from service import precision
@@ -264,6 +264,26 @@ def test_other_precisions_are_near_and_have_a_fingerprint_of_their_own(
         # These weights are noise, which rounding disturbs more than a trained network.
         least = {"bf16": 0.999, "int8": 0.98}[precision]
         assert one @ two / np.linalg.norm(one) / np.linalg.norm(two) > least
+
+
+def test_int8_layers_are_first_given_a_shape_that_no_batch_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """See `_Int8Linear`: calls of the first shape would disturb each other, but seldom."""
+    shapes: list[torch.Size] = []
+    forward = precision._Int8Linear.forward
+
+    def noted(self: precision._Int8Linear, x: torch.Tensor) -> torch.Tensor:
+        shapes.append(x.shape)
+        return forward(self, x)
+
+    monkeypatch.setattr(precision._Int8Linear, "forward", noted)
+    precision._Int8Linear(torch.nn.Linear(8, 4))
+    assert shapes == [(precision._NOBODYS_ROWS, 8)]
+    grids = ((h, w) for h in range(1, 200) for w in range(h, int(LONGEST * h) + 1))
+    tokens = {1 + h * w for h, w in grids}
+    divisors = [n for n in range(2, 984) if precision._NOBODYS_ROWS % n == 0]
+    assert not tokens.intersection(divisors)
 
 
 def test_int8_parts_do_not_disturb_each_other(model: NamedModel) -> None:

@@ -1,14 +1,18 @@
+import hashlib
 import io
 import subprocess
 import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from service import images
+from service.encoded import EncodedPicture
 from service.errors import ImageError
 from service.images import FORMATS, Limits, decode, from_text, thumbnail
 from tests.service.pictures import RED, as_base64, encoded, noise, opened, plain, png
@@ -145,9 +149,36 @@ except OSError:
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="libraries are found on Linux")
 @pytest.mark.parametrize("how", ["quietly", "as it comes"])
 def test_libtiff_says_nothing_between_the_lines_of_the_log(how: str) -> None:
     command = [sys.executable, "-c", _READ_A_DAMAGED_TIFF, how]
     ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert ended.stdout == "refused\n"
     assert (ended.stderr == "") == (how == "quietly")
+
+
+def test_libraries_are_found_by_their_names_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "libtiff of mine"
+    folder.mkdir()
+    library = folder / "libtiff-1.so.6"
+    library.touch()
+    maps = tmp_path / "maps"
+    lines = [str(library), str(folder / "other.so"), f"{folder / 'libtiff.so'} (deleted)", "[heap]"]
+    maps.write_text("".join(f"7f-80 r-xp 00000000 08:01 42    {line}\n" for line in [*lines, ""]))
+    opened: list[str] = []
+    monkeypatch.setattr(
+        images, "Path", lambda path: maps if path == "/proc/self/maps" else Path(path)
+    )
+    monkeypatch.setattr(images.ctypes, "CDLL", opened.append)
+    images._loaded("libtiff")
+    assert opened == [str(library)]
+
+
+@pytest.mark.parametrize("size", [0, 1, 2046, 2047, 2048, 4094, 2**17, 2**17 + 1])
+def test_the_hash_is_that_of_all_bytes(size: int) -> None:
+    content = np.random.default_rng(size).bytes(size)
+    read = EncodedPicture(content=content, param="a").read(Limits(max_bytes=2**18, max_pixels=1))
+    assert read.content_hash == hashlib.sha256(content).hexdigest()

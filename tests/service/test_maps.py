@@ -55,7 +55,8 @@ async def numbers(client: httpx.AsyncClient, **options: Any) -> dict[str, Any]:
         ({"block": -2}, AttentionTask(block=0), 0),
         ({"point": "0.9,0.1"}, AttentionTask(block=1, point=(0.9, 0.1)), 1),
         ({"point": "0, 1", "block": 0}, AttentionTask(block=0, point=(0.0, 1.0)), 0),
-        ({"resolution": 34}, AttentionTask(block=1, resolution=34), 1),
+        ({"resolution": 34}, AttentionTask(block=1, resolution=32), 1),  # whole patches
+        ({"resolution": 1}, AttentionTask(block=1, resolution=4), 1),
         ({"rollout": "true"}, AttentionTask(block=None), None),
         ({"rollout": "true", "point": ".5,1.0"}, AttentionTask(block=None, point=(0.5, 1.0)), None),
         ({"rollout": "true", "head": "mean"}, AttentionTask(block=None), None),
