@@ -26,6 +26,7 @@ from service.precision import Precision, in_precision
 Array = npt.NDArray[np.float32]
 Feature = Literal["cls", "last4", "cls+mean", "patches", "copy"]
 FEATURES: tuple[Feature, ...] = get_args(Feature)
+_FINEST = 480 / 224  # times the crop: the size of the original's attention maps
 SPARE = 3.0
 """Pixels a side that a picture decoded at a reduced scale keeps for each pixel of a view.
 
@@ -111,7 +112,11 @@ class ModelInfo:
         if not self.heads:
             return "cls", "copy"
         coarse = AttentionTask(block=self.blocks - 1)
-        return "cls", "copy", coarse, replace(coarse, resolution=self.max_resolution)
+        # However fine the maps that may be asked for: the start shall not take as long as they do.
+        fine = replace(
+            coarse, resolution=min(self.max_resolution, round(_FINEST * self.input_size))
+        )
+        return "cls", "copy", coarse, fine
 
 
 class Encoder(Protocol):
@@ -350,7 +355,7 @@ def model_info(
         copy_embedding_size=architecture.embed_dim + architecture.token_dim,
         input_size=preprocess.crop,
         patch_size=patch if vit else None,
-        max_resolution=max_resolution or round(preprocess.crop * 480 / 224),
+        max_resolution=max_resolution or round(_FINEST * preprocess.crop),
         heads=architecture.num_heads,
         blocks=architecture.depth,
         features=_features(architecture),

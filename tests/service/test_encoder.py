@@ -198,7 +198,12 @@ def test_resolution(model: NamedModel) -> None:
     assert encoder.info.max_resolution == 128
     for task in (TokensTask(resolution=128), AttentionTask(block=0, resolution=128)):
         assert encoder.prepare(task, noise(1, (60, 30))).shape == (3, 128, 256)
-    assert TorchEncoder(model, device="cpu").info.max_resolution == round(32 * 480 / 224)
+    usual = TorchEncoder(model, device="cpu").info
+    assert usual.max_resolution == round(32 * 480 / 224)
+    assert encoder.info.tasks == usual.tasks  # the start takes no longer
+    assert TorchEncoder(model, device="cpu", max_resolution=16).info.tasks[-1] == AttentionTask(
+        block=11, resolution=16
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
