@@ -112,11 +112,9 @@ class ModelInfo:
         if not self.heads:
             return "cls", "copy"
         coarse = AttentionTask(block=self.blocks - 1)
-        # However fine the maps that may be asked for: the start shall not take as long as they do.
-        fine = replace(
-            coarse, resolution=min(self.max_resolution, round(_FINEST * self.input_size))
-        )
-        return "cls", "copy", coarse, fine
+        # However fine the maps that may be asked for, the start is not to take as long.
+        side = min(self.max_resolution, round(_FINEST * self.input_size))
+        return "cls", "copy", coarse, replace(coarse, resolution=side)
 
 
 class Encoder(Protocol):
