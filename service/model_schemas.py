@@ -1,8 +1,10 @@
 """What goes over the wire of embeddings and maps: what can be asked of the model itself."""
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from service.encoder import Feature
 from service.heatmaps import Colormap
@@ -105,11 +107,30 @@ def _as_text(value: Any) -> Any:
     return value
 
 
+def _of(pattern: str, rule: str) -> AfterValidator:
+    """A text that matches; one that does not is told the rule, where pydantic tells the pattern."""
+
+    def check(text: str) -> str:
+        if re.fullmatch(pattern, text) is None:
+            raise PydanticCustomError("rule", rule)
+        return text
+
+    return AfterValidator(check)
+
+
 _FRACTION = r"(0?\.[0-9]{1,17}|[01](\.0{1,17})?)"
+_POINT = f"{_FRACTION}, ?{_FRACTION}"
 PointText = Annotated[
     str,
-    Field(pattern=f"^{_FRACTION}, ?{_FRACTION}$"),
-    BeforeValidator(_as_text, json_schema_input_type=str),
+    BeforeValidator(_as_text, json_schema_input_type=Annotated[str, Field(pattern=f"^{_POINT}$")]),
+    _of(_POINT, "must be two numbers from 0 to 1 with a comma between them, like 0.5,0.25"),
+]
+_HEAD = "(mean|max|all|[0-9]{1,3})"
+HeadText = Annotated[
+    str,
+    # In JSON, a number is a number.
+    Field(coerce_numbers_to_str=True, json_schema_extra={"pattern": f"^{_HEAD}$"}),
+    _of(_HEAD, "must be mean, max, all, or the number of a head"),
 ]
 
 
@@ -123,10 +144,8 @@ class AttentionOptions(Options):
         "components as red, green and blue. similarity: the cosine of every patch token to the one "
         "at `point`.",
     )
-    head: str = Field(
+    head: HeadText = Field(
         default="mean",
-        pattern=r"^(mean|max|all|[0-9]{1,3})$",
-        coerce_numbers_to_str=True,  # in JSON, a number is a number
         description="mean or max over heads, one head by number from 0, or all as a grid with "
         "their numbers; of view=attention",
         examples=["mean", "0", "all"],

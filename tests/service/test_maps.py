@@ -205,6 +205,24 @@ async def test_more_pixels_than_the_model_may_see(
     assert not encoder.calls
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "rule"),
+    [
+        ("point", "2,0.3", "two numbers from 0 to 1"),
+        ("point", "0.5", "two numbers from 0 to 1"),
+        ("head", "left", "mean, max, all, or the number of a head"),
+    ],
+)
+async def test_what_an_option_may_be_is_told_in_words(
+    client: httpx.AsyncClient, option: str, value: str, rule: str
+) -> None:
+    error = error_of(await ask(client, **{option: value}), 422, "invalid_parameter")
+    assert error["param"] == option
+    assert rule in error["message"]
+    assert value in error["message"]
+    assert "^" not in error["message"]
+
+
 async def test_similarity_needs_a_point(client: httpx.AsyncClient) -> None:
     error = error_of(await ask(client, view="similarity"), 400, "missing_point")
     assert error["param"] == "point"
