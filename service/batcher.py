@@ -13,11 +13,10 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
-from service import deadlines, measurements
+from service import deadlines
+from service.jobs import Job, fail, note_times
 
 PERSISTING = 3  # failed batches in a row that are no accident any more
 _WEIGHT_OF_NEW = 0.2  # of the last batch in the running mean of seconds per item
@@ -61,31 +60,14 @@ class BatchObserver(Protocol):
         """An item was taken from the queue after that long."""
 
 
-@dataclass(eq=False)
-class Job(Generic[Item, Result]):
-    """An item's place in the queue, from `Batcher.put`.
-
-    Attributes:
-        is_wanted: somebody waits for the result.
-        queued, started, ended: by `time.monotonic()`.
-    """
-
-    kind: Hashable
-    item: Item
-    n_bytes: int
-    queued: float
-    future: "Future[Result]" = field(default_factory=Future)
-    is_wanted: bool = True
-    started: float | None = None
-    ended: float = 0.0
-
-
 class Batcher(Generic[Item, Result]):
     """Runs `run(kind, items)` in a thread of its own, on batches of items of one kind.
 
     Args:
         run: gives one result per item, in order.
         max_batch: most items in one call.
+        side_by_side: items that `run` computes at once. A larger batch is cut to a multiple, for
+            its last ones would be computed while other cores have nothing to do.
         max_waiting: most items that wait; more are refused.
         max_waiting_bytes: most bytes of items that wait, by `size_of`; one request may be larger
             where nothing else waits.
@@ -100,6 +82,7 @@ class Batcher(Generic[Item, Result]):
         max_batch: int,
         max_waiting: int,
         max_waiting_bytes: int | None = None,
+        side_by_side: int = 1,
         size_of: Callable[[Item], int] = lambda _: 0,
         is_out_of_memory: Callable[[Exception], bool] = lambda _: False,
         caution_s: float = 60.0,
@@ -107,6 +90,7 @@ class Batcher(Generic[Item, Result]):
     ) -> None:
         self._run = run
         self._max_batch = max_batch
+        self._side_by_side = side_by_side
         self.max_waiting = max_waiting
         self.max_waiting_bytes = max_waiting_bytes
         self._size_of = size_of
@@ -219,7 +203,7 @@ class Batcher(Generic[Item, Result]):
                 return await asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs))
         finally:
             self.withdraw(jobs)
-            _note_times(jobs)
+            note_times(jobs)
 
     def withdraw(self, jobs: Sequence[Job[Item, Result]]) -> None:
         """Frees the places of a request that failed or went away; nothing where all is done."""
@@ -276,7 +260,7 @@ class Batcher(Generic[Item, Result]):
                 self._waiting_bytes = 0
             for job in left:
                 if job.started is not None or job.future.set_running_or_notify_cancel():
-                    _fail(job, BatcherClosed("the model's thread has ended"))
+                    fail(job, BatcherClosed("the model's thread has ended"))
 
     def _next_batch(self) -> list[Job[Item, Result]]:
         """The next batch, each of its futures marked as running; empty once closed and drained."""
@@ -288,10 +272,12 @@ class Batcher(Generic[Item, Result]):
                     self._changed.wait()
                 self._grow_again()
                 kind = self._waiting[0].kind
+                most = self._most_of(kind)
                 batch: list[Job[Item, Result]] = []
                 others: deque[Job[Item, Result]] = deque()
                 for job in self._waiting:
-                    if job.kind != kind or len(batch) == self._batch_limit:
+                    is_full = len(batch) == most and not job.future.cancelled()
+                    if job.kind != kind or is_full:
                         others.append(job)
                     elif job.future.set_running_or_notify_cancel():
                         batch.append(job)
@@ -303,6 +289,12 @@ class Batcher(Generic[Item, Result]):
                         job.started = now
                     self._running, self._busy_since = batch, now
                     return batch
+
+    def _most_of(self, kind: Hashable) -> int:
+        """How many of that kind make the next batch."""
+        found = sum(job.kind == kind and not job.future.cancelled() for job in self._waiting)
+        most = min(found, self._batch_limit)
+        return most - most % self._side_by_side if most > self._side_by_side else most
 
     def _serve(self, batch: Sequence[Job[Item, Result]]) -> None:
         """Runs a batch; halves of what failed are tried in turn, while that may help."""
@@ -333,7 +325,7 @@ class Batcher(Generic[Item, Result]):
         for job, error in failed:
             failure = BatchFailed("the model failed on this batch of pictures; try again")
             failure.__cause__ = error
-            _fail(job, failure)
+            fail(job, failure)
 
     def _attempt(self, part: Sequence[Job[Item, Result]]) -> Exception | None:
         """One call of the model; its error where it failed."""
@@ -377,21 +369,3 @@ class Batcher(Generic[Item, Result]):
         if self._batch_limit < self._max_batch and now >= self._limited_until:
             self._batch_limit = min(2 * self._batch_limit, self._max_batch)
             self._limited_until = now + self._caution_s
-
-
-def _fail(job: Job[Item, Result], error: Exception) -> None:
-    job.ended = time.monotonic()
-    if not job.future.done():
-        job.future.set_exception(error)
-
-
-def _note_times(jobs: Sequence[Job[Item, Result]]) -> None:
-    """Adds queue and model to what the current request cost."""
-    if not jobs:
-        return
-    request, now = measurements.current(), time.monotonic()
-    begun = [job.started for job in jobs if job.started is not None]
-    first = min(begun, default=now)
-    request.add_phase("queue", jobs[0].queued, first)
-    if begun:
-        request.add_phase("inference", first, max(job.ended or now for job in jobs))

@@ -118,9 +118,14 @@ class ModelInfo:
 
 
 class Encoder(Protocol):
-    """What the service needs of a model; a fake one drives fast tests."""
+    """What the service needs of a model; a fake one drives fast tests.
+
+    Attributes:
+        side_by_side: pictures of a batch that are computed at once.
+    """
 
     info: ModelInfo
+    side_by_side: int
 
     def prepare(self, task: Task, picture: Image.Image, *, extent: Extent | None = None) -> Array:
         """RGB picture, RGBA for a model of those, -> input [C, H, W]; runs in decoding threads.
@@ -186,6 +191,7 @@ class TorchEncoder:
             self._network.compile(dynamic=False)
         in_parts = self._device.type == "cpu" and not self._compiled
         self._lanes = Lanes(threads or torch.get_num_threads()) if in_parts else None
+        self.side_by_side = self._lanes.threads if self._lanes else 1
         self._most: dict[int, int] = {}  # pixels of an input -> threads of one product
         self._preprocess = artifact.preprocess
         self._whitening = artifact.whitening
@@ -378,17 +384,6 @@ def check_device(device: str) -> str:
 def batch_kind(task: Task, prepared: Array) -> Hashable:
     """What must be equal for two inputs to share a forward pass."""
     return task, prepared.shape
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error of `run` says that there was no memory, on whatever device."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    # The CPU's allocator raises a plain RuntimeError.
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and (
-        "out of memory" in text or "not enough memory" in text or "can't allocate memory" in text
-    )
 
 
 def runner(encoder: Encoder) -> Any:

@@ -1,4 +1,4 @@
-"""Memory that was freed goes back to the system.
+"""Memory: freed, it goes back to the system; and whether an error says that there was none.
 
 glibc keeps what large pictures leave behind, in an arena for each thread: after some thousands of
 pictures of all sizes a process held five times what it used (docs/security.md).
@@ -7,6 +7,8 @@ pictures of all sizes a process held five times what it used (docs/security.md).
 import asyncio
 import ctypes
 from collections.abc import Callable
+
+import torch
 
 
 def trimmer() -> Callable[[], None] | None:
@@ -23,3 +25,14 @@ async def give_back(trim: Callable[[], None], *, every_s: float) -> None:
     while True:
         await asyncio.sleep(every_s)
         await asyncio.to_thread(trim)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of `run` says that there was no memory, on whatever device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # The CPU's allocator raises a plain RuntimeError.
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in text or "not enough memory" in text or "can't allocate memory" in text
+    )

@@ -10,7 +10,7 @@ from PIL import Image
 
 from backbone.pictures import Mode
 from service import images, measurements
-from service.batcher import Batcher, Job
+from service.batcher import Batcher
 from service.deadlines import DeadlineExceeded, WaitedTooLong
 from service.decode_pool import DecodePool
 from service.encoded import QUICKLY_HASHED, EncodedPicture, ReadPicture
@@ -20,11 +20,12 @@ from service.encoder import (
     ModelInfo,
     Task,
     batch_kind,
-    is_out_of_memory,
     runner,
 )
 from service.errors import ImageError
 from service.fetching import Fetcher
+from service.jobs import Job
+from service.memory import is_out_of_memory
 from service.metrics import Metrics
 from service.sharing import Flights, ResultCache
 from service.together import all_or_none, first_error_of
@@ -84,6 +85,7 @@ class Vision:
             max_batch=max_batch,
             max_waiting=max_waiting,
             max_waiting_bytes=max_waiting_bytes,
+            side_by_side=encoder.side_by_side,
             size_of=lambda prepared: prepared.nbytes,
             is_out_of_memory=is_out_of_memory,
             observer=metrics.of_model(encoder.info.name),

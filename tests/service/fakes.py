@@ -32,6 +32,7 @@ class FakeEncoder:
     """
 
     cell = 4
+    side_by_side = 1
 
     def __init__(self, name: str = "fake", fingerprint: str = "f" * 16) -> None:
         self.info = ModelInfo(

@@ -41,8 +41,11 @@ def model() -> Model:
 def make(model: Model) -> Iterator[Callable[..., Batcher[int, Any]]]:
     made: list[Batcher[int, Any]] = []
 
-    def batcher(max_batch: int = 8, max_waiting: int = 100) -> Batcher[int, Any]:
-        made.append(Batcher(model.run, max_batch=max_batch, max_waiting=max_waiting))
+    def batcher(
+        max_batch: int = 8, max_waiting: int = 100, side_by_side: int = 1
+    ) -> Batcher[int, Any]:
+        limits = {"max_batch": max_batch, "max_waiting": max_waiting}
+        made.append(Batcher(model.run, **limits, side_by_side=side_by_side))
         return made[-1]
 
     yield batcher
@@ -75,6 +78,39 @@ async def test_what_gathers_while_the_model_is_busy_shares_a_call(make: Any, mod
     results = await asyncio.gather(*first, *others)
     assert results == [[("a", 0)], *([("a", i), ("a", -i - 10)] for i in range(1, 4))]
     assert model.batches == [("a", [0]), ("a", [1, -11, 2, -12]), ("a", [3, -13])]
+
+
+@pytest.mark.parametrize(
+    ("waiting", "max_batch", "sizes"),
+    [(1, 8, [1]), (2, 8, [2]), (3, 8, [3]), (7, 8, [6, 1]), (8, 8, [6, 2]), (11, 7, [6, 3, 2])],
+)
+async def test_batches_are_multiples_of_what_is_computed_side_by_side(
+    make: Any, model: Model, waiting: int, max_batch: int, sizes: list[int]
+) -> None:
+    batcher = make(max_batch, side_by_side=3)
+    model.gate.clear()
+    (first,) = await start(batcher.submit("a", [0]))
+    await model.wait_until_busy()
+    others = await start(*(batcher.submit("a", [i]) for i in range(1, waiting + 1)))
+    model.gate.set()
+    await asyncio.gather(first, *others)
+    assert [len(items) for _, items in model.batches[1:]] == sizes
+    assert [i for _, items in model.batches for i in items] == list(range(waiting + 1))
+
+
+async def test_what_was_given_up_holds_nobody_up(make: Any, model: Model) -> None:
+    """Futures that were cancelled may stand in the queue for a moment."""
+    batcher = make(side_by_side=2)
+    model.gate.clear()
+    (first,) = await start(batcher.submit("a", [0]))
+    await model.wait_until_busy()
+    for job in batcher.put("b", [1, 2, 3]):
+        assert job.future.cancel()
+    model.gate.set()
+    await first
+    await asyncio.wait_for(batcher.submit("b", [4]), PATIENCE_S)
+    assert model.batches == [("a", [0]), ("b", [4])]
+    assert batcher.waiting == 0
 
 
 async def test_kinds_never_mix_and_the_oldest_goes_first(make: Any, model: Model) -> None:
