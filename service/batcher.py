@@ -1,8 +1,9 @@
 """Bounded dynamic batching without a timer: requests gather while the model is busy.
 
 One thread owns the model. When it is free it takes the oldest waiting item, and with it every other
-waiting item of the same kind, up to the largest batch; so a lone request waits for nobody, and
-under load batches fill by themselves. A batch that fails is halved until what fails stands alone.
+waiting item of the same kind, up to the largest batch and in multiples of what is computed side by
+side; so a lone request waits for nobody, and under load batches fill by themselves. A batch that
+fails is halved until what fails stands alone.
 Knows no torch and no FastAPI.
 """
 

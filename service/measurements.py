@@ -59,6 +59,11 @@ class Measurements:
             return None
         return (self.body_read or self.started) + self.deadline_s
 
+    @property
+    def is_late(self) -> bool:
+        """Whether the deadline has come."""
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
     def add_phase(self, name: PhaseName, started: float, ended: float) -> None:
         """Notes a stretch of time."""
         if len(self.phases) < _MOST_PHASES:

@@ -208,10 +208,9 @@ class Vision:
         key, first = self._key(task, read.content_hash), [read]
         del read  # its bytes are counted while it is decoded, and are not held for longer
 
-        async def compute() -> Array:
-            return await self._compute(task, first.pop() if first else await self._read(picture))
-
-        return await _shared(self._running, key, compute, picture.param)
+        return await _shared(
+            self._running, key, lambda: self._compute(task, first.pop()), picture.param
+        )
 
     async def _compute(self, task: Task, read: ReadPicture) -> Array:
         key, request = self._key(task, read.content_hash), measurements.current()
@@ -345,7 +344,7 @@ async def _shared(
     """What another request is computing under that key, or `compute()` where none is.
 
     What fails for that request alone (its deadline came, or the error names the place of a picture
-    there, which is another than `param`) is tried anew.
+    there, which is another than `param`) is tried anew. `compute` is called once at most.
     """
     while True:
         is_own = False
@@ -362,7 +361,7 @@ async def _shared(
                 raise
             return await compute()
         except (WaitedTooLong, DeadlineExceeded):
-            if is_own:
+            if is_own or measurements.current().is_late:
                 raise
         else:
             return result
