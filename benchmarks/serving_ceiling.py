@@ -7,9 +7,11 @@ HTTP, queues and threads cost.
 
 import argparse
 import json
+import os
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from service.encoder import Array, TorchEncoder
 from service.images import Limits, decode_reduced
 from service.precision import Precision
 
+CORES = len(os.sched_getaffinity(0))
 LIMITS = Limits(max_bytes=2**30, max_pixels=10**8)
 
 
@@ -50,32 +53,40 @@ class Ceiling:
         kind: str,
         seconds: float,
         decode_threads: int,
-        torch_threads: int,
+        compute_threads: int,
+        enough: int,
         window: int,
-        batch: int = 32,
+        batch: int = 16,
     ) -> dict[str, Any]:
-        """Pictures a second: a thread pool decodes, and this thread embeds what is ready.
+        """Pictures a second: a pool decodes, another one embeds what is ready, in batches.
 
-        `window` pictures are under way at once.
+        `window` pictures are under way at once. A batch has `enough` of them, or all there are.
         """
-        encoder, files = self.encoder("fp32", torch_threads), self.files(kind)
-        with ThreadPoolExecutor(decode_threads) as pool:
+        encoder, files = self.encoder("fp32", CORES), self.files(kind)
+        with (
+            ThreadPoolExecutor(decode_threads) as decoding,
+            ThreadPoolExecutor(compute_threads) as computing,
+        ):
             done, number = 0, 0
-            under_way: set[Future[Array]] = set()
+            decoded: set[Future[Array]] = set()
+            batches: set[Future[list[Array]]] = set()
             ready: list[Array] = []
             start = time.perf_counter()
-            while (now := time.perf_counter()) < start + seconds or under_way or ready:
-                while now < start + seconds and len(under_way) + len(ready) < window:
-                    under_way.add(pool.submit(self.prepare, files[number % len(files)]))
+            while (now := time.perf_counter()) < start + seconds or decoded or batches or ready:
+                while now < start + seconds and number - done < window:
+                    decoded.add(decoding.submit(self.prepare, files[number % len(files)]))
                     number += 1
-                if under_way:
-                    finished, under_way = wait(
-                        under_way, 0 if ready else None, return_when=FIRST_COMPLETED
-                    )
-                    ready += [future.result() for future in finished]
-                encoder.run("cls", ready[:batch])
-                done += len(ready[:batch])
-                ready = ready[batch:]
+                while ready and len(batches) < compute_threads:
+                    if len(ready) < enough and decoded:
+                        break
+                    share = -(-len(ready) // (compute_threads - len(batches)))
+                    some, ready = ready[: min(share, batch)], ready[min(share, batch) :]
+                    run = partial(encoder.run, "cls", some, at_once=compute_threads)
+                    batches.add(computing.submit(run))
+                finished = wait([*decoded, *batches], return_when=FIRST_COMPLETED).done
+                ready += [one.result() for one in decoded & finished]
+                done += sum(len(one.result()) for one in batches & finished)
+                decoded, batches = decoded - finished, batches - finished
             return {"per_s": done / (time.perf_counter() - start)}
 
     def single(self, *, kind: str, count: int, torch_threads: int) -> dict[str, Any]:

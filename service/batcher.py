@@ -1,9 +1,9 @@
 """Bounded dynamic batching without a timer: requests gather while the model is busy.
 
-One thread owns the model. When it is free it takes the oldest waiting item, and with it every other
-waiting item of the same kind, up to the largest batch and in multiples of what is computed side by
-side; so a lone request waits for nobody, and under load batches fill by themselves. A batch that
-fails is halved until what fails stands alone.
+The model's threads own it: one, or on the CPU one for each core, each with a batch of its own. One
+that is free takes the oldest waiting item, and with it others of the same kind, up to the largest
+batch, of which it leaves their share to other free threads. So a lone request waits for nobody, and
+under load batches fill by themselves. A batch that fails is halved until what fails stands alone.
 Knows no torch and no FastAPI.
 """
 
@@ -17,7 +17,8 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from service import deadlines
-from service.jobs import Job, fail, note_times
+from service.batch_limit import BatchLimit
+from service.jobs import BatcherClosed, BatchFailed, Job, QueueFull, fail, note_times
 
 PERSISTING = 3  # failed batches in a row that are no accident any more
 _WEIGHT_OF_NEW = 0.2  # of the last batch in the running mean of seconds per item
@@ -25,27 +26,6 @@ _log = logging.getLogger("service")
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-class QueueFull(Exception):
-    """There is no place left to wait; try again in `retry_after_s` seconds.
-
-    Args:
-        reason: "queue_full", "queue_bytes", or "deadline": the wait would be too long.
-    """
-
-    def __init__(self, message: str, *, reason: str, retry_after_s: int) -> None:
-        super().__init__(message)
-        self.reason = reason
-        self.retry_after_s = retry_after_s
-
-
-class BatcherClosed(Exception):
-    """The service is shutting down, or its model thread has ended."""
-
-
-class BatchFailed(Exception):
-    """The model failed on the batch that an item was in; the cause is chained and logged."""
 
 
 class BatchObserver(Protocol):
@@ -62,13 +42,16 @@ class BatchObserver(Protocol):
 
 
 class Batcher(Generic[Item, Result]):
-    """Runs `run(kind, items)` in a thread of its own, on batches of items of one kind.
+    """Runs `run(kind, items, at_once)` in threads of its own, on batches of items of one kind.
 
     Args:
-        run: gives one result per item, in order.
-        max_batch: most items in one call.
-        side_by_side: items that `run` computes at once. A larger batch is cut to a multiple, for
-            its last ones would be computed while other cores have nothing to do.
+        run: gives one result per item, in order. `at_once` calls are under way or about to begin,
+            this one among them.
+        threads: calls of `run` that are made at once.
+        max_batch: most items in one call, or in as many as there are threads.
+        enough: items that are worth a batch. Where one is computed already and fewer wait, while
+            others are expected (`expect`) and no core is free, the next one waits for them: to
+            begin it would only slow what is under way.
         max_waiting: most items that wait; more are refused.
         max_waiting_bytes: most bytes of items that wait, by `size_of`; one request may be larger
             where nothing else waits.
@@ -78,43 +61,46 @@ class Batcher(Generic[Item, Result]):
 
     def __init__(
         self,
-        run: Callable[[Hashable, Sequence[Item]], Sequence[Result]],
+        run: Callable[[Hashable, Sequence[Item], int], Sequence[Result]],
         *,
         max_batch: int,
         max_waiting: int,
         max_waiting_bytes: int | None = None,
-        side_by_side: int = 1,
+        threads: int = 1,
+        enough: int = 1,
         size_of: Callable[[Item], int] = lambda _: 0,
         is_out_of_memory: Callable[[Exception], bool] = lambda _: False,
         caution_s: float = 60.0,
         observer: BatchObserver | None = None,
     ) -> None:
         self._run = run
-        self._max_batch = max_batch
-        self._side_by_side = side_by_side
+        self._enough = enough
         self.max_waiting = max_waiting
         self.max_waiting_bytes = max_waiting_bytes
         self._size_of = size_of
         self._is_out_of_memory = is_out_of_memory
-        self._caution_s = caution_s
         self._observer = observer
         self._waiting: deque[Job[Item, Result]] = deque()
         self._waiting_bytes = 0
-        self._running: list[Job[Item, Result]] = []
+        self._expected = 0
+        self._running: dict[int, float] = {}  # thread -> when its batch began
         self._seconds_per_item = 0.0
-        self._batch_limit, self._limited_until = max_batch, 0.0
+        self._limit = BatchLimit(-(-max_batch // threads), caution_s=caution_s)
         self._failed_in_a_row = 0
         self._last_failure = ""
-        self._busy_since: float | None = None
         self._changed = threading.Condition()
         self._closed = False
-        self._thread = threading.Thread(target=self._work, name="model", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._work, args=(i,), name=f"model_{i}", daemon=True)
+            for i in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def alive(self) -> bool:
-        """Whether the model's thread is running."""
-        return self._thread.is_alive()
+        """Whether all of the model's threads are running."""
+        return all(thread.is_alive() for thread in self._threads)
 
     @property
     def waiting(self) -> int:
@@ -128,19 +114,19 @@ class Batcher(Generic[Item, Result]):
 
     @property
     def batch_limit(self) -> int:
-        """Most items in one call now: less than `max_batch` after memory ran out."""
-        return self._batch_limit
+        """Most items in one call now: less than at the start after memory ran out."""
+        return self._limit.now
 
     @property
     def is_idle(self) -> bool:
         """Whether nothing waits and nothing runs."""
-        return self._busy_since is None and not self._waiting
+        return not self._running and not self._waiting
 
     @property
     def busy_s(self) -> float:
-        """For how long the present batch has been running, in seconds; 0 where none is."""
-        since = self._busy_since
-        return 0.0 if since is None else time.monotonic() - since
+        """For how long the oldest batch has been running, in seconds; 0 where none is."""
+        since = list(self._running.values())
+        return time.monotonic() - min(since) if since else 0.0
 
     @property
     def trouble(self) -> str | None:
@@ -186,8 +172,28 @@ class Batcher(Generic[Item, Result]):
             self._check_room(jobs, None if deadline is None else deadline - now)
             self._waiting.extend(jobs)
             self._waiting_bytes += sum(job.n_bytes for job in jobs)
-            self._changed.notify()
+            self._wake()
         return jobs
+
+    def expect(self) -> Callable[[], None]:
+        """Announces an item that will be put soon, or fail.
+
+        Returns:
+            What is to be called, from any thread, when it was put, or will not be; once or more.
+        """
+        is_over = False
+        with self._changed:
+            self._expected += 1
+
+        def over() -> None:
+            nonlocal is_over
+            with self._changed:
+                if not is_over:
+                    is_over = True
+                    self._expected -= 1
+                    self._wake()
+
+        return over
 
     async def results(
         self, jobs: Sequence[Job[Item, Result]], *, deadline: float | None = None
@@ -218,16 +224,18 @@ class Batcher(Generic[Item, Result]):
                 self._waiting_bytes = sum(job.n_bytes for job in kept)
 
     def close(self, *, timeout_s: float | None = None) -> bool:
-        """Refuses new items, finishes those that wait, and ends the thread.
+        """Refuses new items, finishes those that wait, and ends the threads.
 
         Returns:
-            Whether it ended within `timeout_s` seconds.
+            Whether all ended within `timeout_s` seconds.
         """
+        end = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
             self._closed = True
-            self._changed.notify()
-        self._thread.join(timeout_s)
-        return not self.alive
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join(None if end is None else max(0.0, end - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _check_room(self, jobs: Sequence[Job[Item, Result]], patience_s: float | None) -> None:
         waiting = len(self._waiting)
@@ -245,59 +253,85 @@ class Batcher(Generic[Item, Result]):
             message = f"the queue is too long: about {wait_s:.1f} s, {patience_s:.1f} s are left"
             raise QueueFull(message, reason="deadline", retry_after_s=self.retry_after_s())
 
-    def _work(self) -> None:
+    def _work(self, thread: int) -> None:
+        batch: list[Job[Item, Result]] = []
         try:
-            while batch := self._next_batch():
-                self._serve(batch)
-                self._running, self._busy_since = [], None
+            while True:
+                batch, at_once = self._next_batch(thread)
+                if not batch:
+                    return
+                self._serve(batch, at_once)
+                batch = []  # not held until there is another
         except BaseException as error:
             # Not an error of the model's, those are caught: the process has to be told, and ends.
-            _log.critical("the model's thread ended", exc_info=error)
+            _log.critical("a thread of the model ended", exc_info=error)
         finally:
             with self._changed:
                 self._closed = True
-                left = [*self._running, *self._waiting]
+                self._running.pop(thread, None)
+                left = [*batch, *self._waiting]
                 self._waiting.clear()
                 self._waiting_bytes = 0
+                self._changed.notify_all()
             for job in left:
                 if job.started is not None or job.future.set_running_or_notify_cancel():
-                    fail(job, BatcherClosed("the model's thread has ended"))
+                    fail(job, BatcherClosed("a thread of the model has ended"))
 
-    def _next_batch(self) -> list[Job[Item, Result]]:
-        """The next batch, each of its futures marked as running; empty once closed and drained."""
+    def _next_batch(self, thread: int) -> tuple[list[Job[Item, Result]], int]:
+        """The next batch, its futures marked as running, and the number of batches at once.
+
+        The batch is empty once the batcher is closed and drained.
+        """
         with self._changed:
+            self._running.pop(thread, None)
             while True:
-                while not self._waiting:
+                while not self._has_work():
                     if self._closed:
-                        return []
+                        return [], 0
                     self._changed.wait()
-                self._grow_again()
-                kind = self._waiting[0].kind
-                most = self._most_of(kind)
-                batch: list[Job[Item, Result]] = []
-                others: deque[Job[Item, Result]] = deque()
-                for job in self._waiting:
-                    is_full = len(batch) == most and not job.future.cancelled()
-                    if job.kind != kind or is_full:
-                        others.append(job)
-                    elif job.future.set_running_or_notify_cancel():
-                        batch.append(job)
-                self._waiting = others
-                self._waiting_bytes = sum(job.n_bytes for job in others)
+                self._limit.grow_again()
+                batch, others = self._take(), self._free - 1
                 if batch:
                     now = time.monotonic()
                     for job in batch:
                         job.started = now
-                    self._running, self._busy_since = batch, now
-                    return batch
+                    self._running[thread] = now
+                    self._wake()
+                    return batch, len(self._running) + max(0, min(others, len(self._waiting)))
 
-    def _most_of(self, kind: Hashable) -> int:
-        """How many of that kind make the next batch."""
+    def _take(self) -> list[Job[Item, Result]]:
+        """Out of the queue: the oldest of one kind, no more than this thread's share of them."""
+        kind, share = self._waiting[0].kind, max(1, self._free)
         found = sum(job.kind == kind and not job.future.cancelled() for job in self._waiting)
-        most = min(found, self._batch_limit)
-        return most - most % self._side_by_side if most > self._side_by_side else most
+        most = min(-(-found // share), self._limit.now)
+        batch: list[Job[Item, Result]] = []
+        others: deque[Job[Item, Result]] = deque()
+        for job in self._waiting:
+            is_full = len(batch) == most and not job.future.cancelled()
+            if job.kind != kind or is_full:
+                others.append(job)
+            elif job.future.set_running_or_notify_cancel():
+                batch.append(job)
+        self._waiting = others
+        self._waiting_bytes = sum(job.n_bytes for job in others)
+        return batch
 
-    def _serve(self, batch: Sequence[Job[Item, Result]]) -> None:
+    @property
+    def _free(self) -> int:
+        """Threads for which there is a core that nothing else is about to take."""
+        return len(self._threads) - len(self._running) - self._expected
+
+    def _has_work(self) -> bool:
+        """Whether a thread that waits is to take a batch now."""
+        waiting = len(self._waiting)
+        begins = not self._running or self._free > 0 or waiting >= self._enough or self._closed
+        return waiting > 0 and begins
+
+    def _wake(self) -> None:
+        if self._has_work():
+            self._changed.notify()
+
+    def _serve(self, batch: Sequence[Job[Item, Result]], at_once: int) -> None:
         """Runs a batch; halves of what failed are tried in turn, while that may help."""
         if self._observer is not None:
             for job in batch:
@@ -311,7 +345,7 @@ class Batcher(Generic[Item, Result]):
             part = [job for job in parts.pop() if job.is_wanted]
             if not part:
                 continue
-            error = self._attempt(part)
+            error = self._attempt(part, at_once)
             if error is None:
                 succeeded = True
                 continue
@@ -322,17 +356,18 @@ class Batcher(Generic[Item, Result]):
                 continue
             failed += [(job, error) for job in part]
         if failures and not succeeded:
-            self._failed_in_a_row += 1
+            with self._changed:
+                self._failed_in_a_row += 1
         for job, error in failed:
             failure = BatchFailed("the model failed on this batch of pictures; try again")
             failure.__cause__ = error
             fail(job, failure)
 
-    def _attempt(self, part: Sequence[Job[Item, Result]]) -> Exception | None:
+    def _attempt(self, part: Sequence[Job[Item, Result]], at_once: int) -> Exception | None:
         """One call of the model; its error where it failed."""
         started = time.monotonic()
         try:
-            results = self._run(part[0].kind, [job.item for job in part])
+            results = self._run(part[0].kind, [job.item for job in part], at_once)
             if len(results) != len(part):
                 raise ValueError(f"the model gave {len(results)} results for {len(part)}")
         except Exception as error:
@@ -347,7 +382,7 @@ class Batcher(Generic[Item, Result]):
         seconds = ended - started
         if self._observer is not None:
             self._observer.batch_done(part[0].kind, len(part), seconds)
-        new = seconds / len(part)
+        new = seconds / len(part) / max(1, len(self._running))
         old = self._seconds_per_item or new
         self._seconds_per_item = old + _WEIGHT_OF_NEW * (new - old)
         for job, result in zip(part, results, strict=True):
@@ -361,12 +396,5 @@ class Batcher(Generic[Item, Result]):
         if self._observer is not None:
             self._observer.batch_failed(out_of_memory=out_of_memory)
         if out_of_memory:
-            self._batch_limit = max(1, min(self._batch_limit, size // 2))
-            self._limited_until = time.monotonic() + self._caution_s
-            _log.warning("memory ran out: batches of at most %d for now", self._batch_limit)
-
-    def _grow_again(self) -> None:
-        now = time.monotonic()
-        if self._batch_limit < self._max_batch and now >= self._limited_until:
-            self._batch_limit = min(2 * self._batch_limit, self._max_batch)
-            self._limited_until = now + self._caution_s
+            self._limit.out_of_memory(size)
+            _log.warning("memory ran out: batches of at most %d for now", self._limit.now)

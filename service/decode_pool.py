@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from service import deadlines, measurements
-from service.batcher import QueueFull
+from service.jobs import QueueFull
 
 T = TypeVar("T")
 

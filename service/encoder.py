@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, get_args
 
@@ -19,14 +20,15 @@ from backbone.pictures import Mode
 from backbone.preprocess import LONGEST, Extent
 from backbone.pretrained import NamedModel
 from backbone.vit import VisionTransformer
-from service.lanes import Lanes
 from service.patch_maps import Point, patch_at
 from service.precision import Precision, in_precision
+from service.torch_threads import fastest, torch_threads
 
 Array = npt.NDArray[np.float32]
 Feature = Literal["cls", "last4", "cls+mean", "patches", "copy"]
 FEATURES: tuple[Feature, ...] = get_args(Feature)
 _FINEST = 480 / 224  # times the crop: the size of the original's attention maps
+_ROWS = 512  # of a product; with more of them at once each costs little less
 SPARE = 3.0
 """Pixels a side that a picture decoded at a reduced scale keeps for each pixel of a view.
 
@@ -121,11 +123,13 @@ class Encoder(Protocol):
     """What the service needs of a model; a fake one drives fast tests.
 
     Attributes:
-        side_by_side: pictures of a batch that are computed at once.
+        batches_at_once: that are computed sooner beside each other than one after another.
+        enough: pictures of a batch that cost about as little each as those of a larger one.
     """
 
     info: ModelInfo
-    side_by_side: int
+    batches_at_once: int
+    enough: int
 
     def prepare(self, task: Task, picture: Image.Image, *, extent: Extent | None = None) -> Array:
         """RGB picture, RGBA for a model of those, -> input [C, H, W]; runs in decoding threads.
@@ -137,10 +141,13 @@ class Encoder(Protocol):
     def needed(self, task: Task, size: tuple[int, int]) -> tuple[int, int]:
         """How large (width, height) a picture of `size` must be decoded for `prepare`, at least."""
 
-    def run(self, task: Task, inputs: Sequence[Array]) -> list[Array]:
+    def run(self, task: Task, inputs: Sequence[Array], *, at_once: int = 1) -> list[Array]:
         """Inputs of one shape -> for each what `Task` says, by one forward pass.
 
-        Called by the model's one thread.
+        Called by the model's threads.
+
+        Args:
+            at_once: batches that share the cores, this one among them.
         """
 
     def warm_up(self, task: Task, prepared: Array, *, most: int) -> None:
@@ -189,9 +196,10 @@ class TorchEncoder:
         self._compiled = self._device.type == "cuda" if compiled is None else compiled
         if self._compiled:
             self._network.compile(dynamic=False)
-        in_parts = self._device.type == "cpu" and not self._compiled
-        self._lanes = Lanes(threads or torch.get_num_threads()) if in_parts else None
-        self.side_by_side = self._lanes.threads if self._lanes else 1
+        on_cores = self._device.type == "cpu" and not self._compiled
+        self._threads = (threads or torch.get_num_threads()) if on_cores else 1
+        self.batches_at_once = self._threads
+        self.enough = -(-_ROWS // tokens)
         self._most: dict[int, int] = {}  # pixels of an input -> threads of one product
         self._preprocess = artifact.preprocess
         self._whitening = artifact.whitening
@@ -221,23 +229,16 @@ class TorchEncoder:
             view = self._preprocess.centre_crop_size(*size)
         return math.ceil(SPARE * view[0]), math.ceil(SPARE * view[1])
 
-    def run(self, task: Task, inputs: Sequence[Array]) -> list[Array]:
-        """See `Encoder`; the parts of a batch run side by side on the CPU, in `Lanes`."""
+    def run(self, task: Task, inputs: Sequence[Array], *, at_once: int = 1) -> list[Array]:
+        """See `Encoder`; on the CPU each batch has its share of the cores."""
         batch = torch.from_numpy(np.stack(inputs))
         if self._compiled:
             batch = F.pad(batch, (0, 0) * 3 + (0, _bucket(len(inputs)) - len(inputs)))
-
-        def compute(part: Tensor) -> Tensor:
-            autocast = torch.autocast(
-                self._device.type, torch.bfloat16, enabled=self._precision == "bf16"
-            )
-            with torch.inference_mode(), autocast:
-                return self._results(task, part.to(self._device)).float().cpu()
-
-        if self._lanes is None or _holds_all_blocks(task):
-            results = compute(batch)
-        else:
-            results = self._lanes.run(compute, batch, most=self._best(inputs[0]))
+        autocast = torch.autocast(
+            self._device.type, torch.bfloat16, enabled=self._precision == "bf16"
+        )
+        with self._cores(inputs[0], at_once), torch.inference_mode(), autocast:
+            results = self._results(task, batch.to(self._device)).float().cpu()
         return list(results[: len(inputs)].numpy())
 
     def warm_up(self, task: Task, prepared: Array, *, most: int) -> None:
@@ -245,13 +246,13 @@ class TorchEncoder:
         for size in self.batch_sizes(most):
             self.run(task, [prepared] * size)
         pixels = prepared.size
-        if self._lanes is not None and pixels not in self._most:
+        if self._threads > 1 and pixels not in self._most:
 
             def once(most: int) -> None:
                 self._most[pixels] = most
                 self.run(task, [prepared])
 
-            self._most[pixels] = self._lanes.fastest(once)
+            self._most[pixels] = fastest(self._threads, once)
 
     def batch_sizes(self, most: int) -> list[int]:
         """Those, up to `most`, that must have run once for the first request to be fast."""
@@ -273,11 +274,13 @@ class TorchEncoder:
         side = self._preprocess.crop / math.sqrt(min(aspect, LONGEST))
         return min(side, self.info.max_resolution)
 
-    def _best(self, prepared: Array) -> int | None:
-        """The threads that were measured with the input that is most like this one."""
-        if not self._most:
-            return None
-        return self._most[min(self._most, key=lambda size: abs(math.log(size / prepared.size)))]
+    def _cores(self, prepared: Array, at_once: int) -> AbstractContextManager[None]:
+        """A batch's share of them; no more than was fastest for the input most like this one."""
+        if self._device.type != "cpu" or self._compiled:
+            return nullcontext()
+        near = min(self._most, key=lambda size: abs(math.log(size / prepared.size)), default=0)
+        most = self._most.get(near, self._threads)
+        return torch_threads(min(most, max(1, self._threads // at_once)))
 
     def _results(self, task: Task, batch: Tensor) -> Tensor:
         if isinstance(task, AttentionTask):
@@ -389,7 +392,7 @@ def batch_kind(task: Task, prepared: Array) -> Hashable:
 def runner(encoder: Encoder) -> Any:
     """`run` for a `Batcher` whose kinds are `batch_kind`'s."""
 
-    def run(kind: tuple[Task, Any], inputs: Sequence[Array]) -> list[Array]:
-        return encoder.run(kind[0], inputs)
+    def run(kind: tuple[Task, Any], inputs: Sequence[Array], at_once: int) -> list[Array]:
+        return encoder.run(kind[0], inputs, at_once=at_once)
 
     return run

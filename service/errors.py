@@ -21,8 +21,8 @@ from starlette.routing import Match
 
 from index import errors as index_errors
 from service import measurements
-from service.batcher import BatcherClosed, BatchFailed, QueueFull
 from service.deadlines import DeadlineExceeded, WaitedTooLong
+from service.jobs import BatcherClosed, BatchFailed, QueueFull
 
 _log = logging.getLogger("service")
 

@@ -12,6 +12,27 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+class QueueFull(Exception):
+    """There is no place left to wait; try again in `retry_after_s` seconds.
+
+    Args:
+        reason: "queue_full", "queue_bytes", or "deadline": the wait would be too long.
+    """
+
+    def __init__(self, message: str, *, reason: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+
+
+class BatcherClosed(Exception):
+    """The service is shutting down, or its model thread has ended."""
+
+
+class BatchFailed(Exception):
+    """The model failed on the batch that an item was in; the cause is chained and logged."""
+
+
 @dataclass(eq=False)
 class Job(Generic[Item, Result]):
     """An item's place in the queue, from `Batcher.put`.

@@ -85,7 +85,8 @@ class Vision:
             max_batch=max_batch,
             max_waiting=max_waiting,
             max_waiting_bytes=max_waiting_bytes,
-            side_by_side=encoder.side_by_side,
+            threads=encoder.batches_at_once,
+            enough=encoder.enough,
             size_of=lambda prepared: prepared.nbytes,
             is_out_of_memory=is_out_of_memory,
             observer=metrics.of_model(encoder.info.name),
@@ -215,13 +216,16 @@ class Vision:
     async def _compute(self, task: Task, read: ReadPicture) -> Array:
         key, request = self._key(task, read.content_hash), measurements.current()
         jobs: list[Job[Array, Array]] = []
-        is_wanted = True
+        is_wanted, has_come = True, self.batcher.expect()
 
         def work(read: ReadPicture) -> None:
-            prepared = self._decoded(read, _Wanted((task,))).inputs[task]
-            if is_wanted:
-                kind = batch_kind(task, prepared)
-                jobs.extend(self.batcher.put(kind, [prepared], deadline=request.deadline))
+            try:
+                prepared = self._decoded(read, _Wanted((task,))).inputs[task]
+                if is_wanted:
+                    kind = batch_kind(task, prepared)
+                    jobs.extend(self.batcher.put(kind, [prepared], deadline=request.deadline))
+            finally:
+                has_come()
             if not is_wanted:  # by now
                 self.batcher.withdraw(jobs)
 
@@ -231,6 +235,7 @@ class Vision:
             (result,) = await self.batcher.results(jobs, deadline=request.deadline)
         finally:
             is_wanted = False
+            has_come()
             self.batcher.withdraw(jobs)
         self.cache.put(key, result)
         return result

@@ -32,7 +32,8 @@ class FakeEncoder:
     """
 
     cell = 4
-    side_by_side = 1
+    batches_at_once = 1
+    enough = 1
 
     def __init__(self, name: str = "fake", fingerprint: str = "f" * 16) -> None:
         self.info = ModelInfo(
@@ -72,7 +73,7 @@ class FakeEncoder:
     def warm_up(self, task: Task, prepared: Array, *, most: int) -> None:
         self.run(task, [prepared])
 
-    def run(self, task: Task, inputs: Sequence[Array]) -> list[Array]:
+    def run(self, task: Task, inputs: Sequence[Array], *, at_once: int = 1) -> list[Array]:
         self.calls.append((task, len(inputs)))
         self._model.go_through()
         time.sleep(self.pause_s)

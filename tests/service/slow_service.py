@@ -33,7 +33,7 @@ class DirectedEncoder(FakeEncoder):
         time.sleep(how().get("decode_s", 0.0))
         return super().prepare(task, picture, extent=extent)
 
-    def run(self, task: Task, inputs: Sequence[Array]) -> list[Array]:
+    def run(self, task: Task, inputs: Sequence[Array], *, at_once: int = 1) -> list[Array]:
         told = how()
         time.sleep(told.get("batch_s", 0.0))
         fail = told.get("fail")
@@ -45,7 +45,7 @@ class DirectedEncoder(FakeEncoder):
             sys.exit(7)
         if fail == "kill_decoder":
             kill_a_decoder()
-        return super().run(task, inputs)
+        return super().run(task, inputs, at_once=at_once)
 
 
 def how() -> dict[str, Any]:

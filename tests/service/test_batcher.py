@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from service.batcher import Batcher, BatcherClosed, BatchFailed, QueueFull
+from service.batcher import Batcher
+from service.jobs import BatcherClosed, BatchFailed, QueueFull
 from tests.service.fakes import PATIENCE_S
 
 pytestmark = pytest.mark.anyio
@@ -16,12 +17,14 @@ class Model:
 
     def __init__(self) -> None:
         self.batches: list[tuple[Hashable, list[int]]] = []
+        self.at_once: list[int] = []
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Semaphore(0)
 
-    def run(self, kind: Hashable, items: Sequence[int]) -> list[tuple[Hashable, int]]:
+    def run(self, kind: Hashable, items: Sequence[int], at_once: int) -> list[tuple[Hashable, int]]:
         self.batches.append((kind, list(items)))
+        self.at_once.append(at_once)
         self.entered.release()
         assert self.gate.wait(PATIENCE_S)
         if -1 in items:
@@ -42,10 +45,10 @@ def make(model: Model) -> Iterator[Callable[..., Batcher[int, Any]]]:
     made: list[Batcher[int, Any]] = []
 
     def batcher(
-        max_batch: int = 8, max_waiting: int = 100, side_by_side: int = 1
+        max_batch: int = 8, max_waiting: int = 100, threads: int = 1, enough: int = 1
     ) -> Batcher[int, Any]:
         limits = {"max_batch": max_batch, "max_waiting": max_waiting}
-        made.append(Batcher(model.run, **limits, side_by_side=side_by_side))
+        made.append(Batcher(model.run, **limits, threads=threads, enough=enough))
         return made[-1]
 
     yield batcher
@@ -80,27 +83,106 @@ async def test_what_gathers_while_the_model_is_busy_shares_a_call(make: Any, mod
     assert model.batches == [("a", [0]), ("a", [1, -11, 2, -12]), ("a", [3, -13])]
 
 
-@pytest.mark.parametrize(
-    ("waiting", "max_batch", "sizes"),
-    [(1, 8, [1]), (2, 8, [2]), (3, 8, [3]), (7, 8, [6, 1]), (8, 8, [6, 2]), (11, 7, [6, 3, 2])],
-)
-async def test_batches_are_multiples_of_what_is_computed_side_by_side(
-    make: Any, model: Model, waiting: int, max_batch: int, sizes: list[int]
-) -> None:
-    batcher = make(max_batch, side_by_side=3)
+async def test_threads_that_are_free_share_what_waits(make: Any, model: Model) -> None:
     model.gate.clear()
-    (first,) = await start(batcher.submit("a", [0]))
-    await model.wait_until_busy()
-    others = await start(*(batcher.submit("a", [i]) for i in range(1, waiting + 1)))
+    batcher = make(threads=3)
+    (task,) = await start(batcher.submit("a", list(range(7))))
+    for _ in range(3):
+        await model.wait_until_busy()
     model.gate.set()
-    await asyncio.gather(first, *others)
-    assert [len(items) for _, items in model.batches[1:]] == sizes
-    assert [i for _, items in model.batches for i in items] == list(range(waiting + 1))
+    assert await task == [("a", i) for i in range(7)]
+    assert sorted(items for _, items in model.batches) == [[0, 1, 2], [3, 4], [5, 6]]
+    assert model.at_once == [3, 3, 3]
+
+
+async def test_the_largest_batch_is_shared_as_well(make: Any, model: Model) -> None:
+    batcher = make(max_batch=5, threads=2)
+    assert batcher.batch_limit == 3
+    assert await batcher.submit("a", list(range(12))) == [("a", i) for i in range(12)]
+    assert max(len(items) for _, items in model.batches) == 3
+
+
+async def test_a_lone_item_waits_for_nobody_who_is_expected(make: Any, model: Model) -> None:
+    batcher = make(threads=2, enough=3)
+    for _ in range(4):
+        batcher.expect()
+    assert await batcher.submit("a", [1]) == [("a", 1)]
+    assert model.at_once == [1]
+
+
+@pytest.mark.parametrize("event", ["enough", "came", "a free core", "free", "closed"])
+async def test_a_second_batch_waits_for_what_is_expected(
+    make: Any, model: Model, event: str
+) -> None:
+    batcher = make(threads=3 if event == "a free core" else 2, enough=3)
+    model.gate.clear()
+    tasks = await start(batcher.submit("a", [0]))
+    await model.wait_until_busy()
+    has_come, others_have_come = batcher.expect(), batcher.expect()
+    if event == "came":
+        others_have_come()
+    tasks += await start(batcher.submit("a", [1, 2]))
+    assert not await asyncio.to_thread(model.entered.acquire, timeout=0.05)
+    assert batcher.waiting == 2
+    expected = [[0], [1, 2]]
+    match event:
+        case "enough":
+            tasks += await start(batcher.submit("a", [3]))
+            expected = [[0], [1, 2, 3]]
+        case "came":
+            has_come()
+            has_come()  # which changes nothing
+        case "a free core":
+            others_have_come()
+        case "free":
+            model.gate.set()
+        case "closed":
+            threading.Thread(target=batcher.close).start()
+    await model.wait_until_busy()
+    model.gate.set()
+    await asyncio.gather(*tasks)
+    assert [items for _, items in model.batches] == expected
+    while not batcher.is_idle:
+        await asyncio.sleep(0)
+    assert batcher.busy_s == 0.0
+
+
+async def test_a_request_is_not_shared_among_threads_whose_cores_are_taken(
+    make: Any, model: Model
+) -> None:
+    batcher = make(threads=2)
+    over = batcher.expect()
+    await batcher.submit("a", [1, 2, 3, 4])
+    over()
+    while not batcher.is_idle:
+        await asyncio.sleep(0)
+    model.entered.acquire()
+    model.gate.clear()
+    (task,) = await start(batcher.submit("a", [1, 2, 3, 4]))
+    await model.wait_until_busy()
+    await model.wait_until_busy()
+    model.gate.set()
+    await task
+    assert [len(items) for _, items in model.batches] == [4, 2, 2]
+
+
+async def test_how_long_the_oldest_batch_takes(make: Any, model: Model) -> None:
+    batcher = make(threads=2)
+    model.gate.clear()
+    tasks = await start(batcher.submit("a", [1]))
+    await model.wait_until_busy()
+    await asyncio.sleep(0.05)
+    tasks += await start(batcher.submit("a", [2]))
+    await model.wait_until_busy()
+    assert batcher.busy_s >= 0.05
+    assert not batcher.is_idle
+    model.gate.set()
+    await asyncio.gather(*tasks)
 
 
 async def test_what_was_given_up_holds_nobody_up(make: Any, model: Model) -> None:
     """Futures that were cancelled may stand in the queue for a moment."""
-    batcher = make(side_by_side=2)
+    batcher = make()
     model.gate.clear()
     (first,) = await start(batcher.submit("a", [0]))
     await model.wait_until_busy()

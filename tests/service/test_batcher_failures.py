@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.batcher import PERSISTING, Batcher, BatcherClosed, BatchFailed, QueueFull
+from service.batcher import PERSISTING, Batcher
 from service.deadlines import DeadlineExceeded, WaitedTooLong
+from service.jobs import BatcherClosed, BatchFailed, QueueFull
 from tests.service.fakes import PATIENCE_S
 from tests.service.test_batcher import start
 
@@ -31,7 +32,7 @@ class Model:
         self.gate.set()
         self.entered = threading.Semaphore(0)
 
-    def run(self, kind: Hashable, items: Sequence[int]) -> list[int]:
+    def run(self, kind: Hashable, items: Sequence[int], at_once: int) -> list[int]:
         self.batches.append(list(items))
         self.entered.release()
         assert self.gate.wait(PATIENCE_S)
@@ -140,7 +141,7 @@ async def test_memory_that_does_not_suffice_for_one(model: Model) -> None:
 async def test_an_error_keeps_no_batch_in_memory() -> None:
     kept: list[weakref.ref[Any]] = []
 
-    def run(kind: Hashable, items: Sequence[int]) -> list[int]:
+    def run(kind: Hashable, items: Sequence[int], at_once: int) -> list[int]:
         stacked = np.zeros(1000)
         kept.append(weakref.ref(stacked))
         raise MemoryError(len(stacked))
@@ -155,8 +156,8 @@ async def test_an_error_keeps_no_batch_in_memory() -> None:
 
 
 async def test_a_thread_that_ends_fails_all_that_wait(model: Model) -> None:
-    def run(kind: Hashable, items: Sequence[int]) -> list[int]:
-        model.run(kind, items)
+    def run(kind: Hashable, items: Sequence[int], at_once: int) -> list[int]:
+        model.run(kind, items, at_once)
         raise SystemExit(3)
 
     batcher = Batcher[int, int](run, max_batch=1, max_waiting=10)
@@ -170,6 +171,28 @@ async def test_a_thread_that_ends_fails_all_that_wait(model: Model) -> None:
     assert not batcher.alive
     with pytest.raises(BatcherClosed):
         await batcher.submit("a", [3])
+
+
+async def test_a_thread_that_ends_leaves_the_others_their_batch(model: Model) -> None:
+    def run(kind: Hashable, items: Sequence[int], at_once: int) -> list[int]:
+        if items == [2]:
+            raise SystemExit(3)
+        return model.run(kind, items, at_once)
+
+    batcher = Batcher[int, int](run, max_batch=2, max_waiting=10, threads=2)
+    model.gate.clear()
+    good = await start(batcher.submit("a", [1]))
+    assert await asyncio.to_thread(model.entered.acquire, timeout=PATIENCE_S)
+    with pytest.raises(BatcherClosed):
+        await batcher.submit("a", [2])
+    with pytest.raises(BatcherClosed):
+        await batcher.submit("a", [3])
+    while batcher.alive:
+        await asyncio.sleep(0.001)
+    assert not batcher.close(timeout_s=0.01)
+    model.gate.set()
+    assert await asyncio.gather(*good) == [[1]]
+    assert batcher.close(timeout_s=PATIENCE_S)
 
 
 async def test_what_still_waits_at_its_deadline_leaves(model: Model) -> None:
@@ -194,9 +217,9 @@ async def test_what_still_waits_at_its_deadline_leaves(model: Model) -> None:
 
 
 async def test_a_queue_that_is_too_long_for_the_deadline_is_told_at_once(model: Model) -> None:
-    def run(kind: Hashable, items: Sequence[int]) -> list[int]:
+    def run(kind: Hashable, items: Sequence[int], at_once: int) -> list[int]:
         time.sleep(0.1 * len(items))
-        return model.run(kind, items)
+        return model.run(kind, items, at_once)
 
     batcher = Batcher[int, int](run, max_batch=4, max_waiting=100)
     await batcher.submit("a", [0, 1])  # shows the rate: .1 s each

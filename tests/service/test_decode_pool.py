@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from service.batcher import QueueFull
 from service.decode_pool import DecodePool
+from service.jobs import QueueFull
 from service.settings import Settings
 from tests.service.fakes import PATIENCE_S
 

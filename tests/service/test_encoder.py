@@ -1,7 +1,10 @@
 """The encoder of a real network, tiny and untrained."""
 
+import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,6 @@ from backbone.pretrained import NamedModel, load_model
 from backbone.vit import Block
 from service import precision
 from service.encoder import FEATURES, AttentionTask, Task, TokensTask, TorchEncoder, batch_kind
-from service.lanes import Lanes
 from service.patch_maps import patch_at
 from service.precision import Precision, in_precision
 from tests.service.pictures import RED, noise, plain
@@ -291,29 +293,36 @@ def test_int8_layers_are_first_given_a_shape_that_no_batch_has(
     assert not tokens.intersection(divisors)
 
 
-def test_int8_parts_do_not_disturb_each_other(model: NamedModel) -> None:
-    alone, beside = (
-        TorchEncoder(model, device="cpu", precision="int8", threads=threads) for threads in (1, 2)
-    )
-    batch = [alone.prepare("cls", noise(seed)) for seed in range(8)]
-    expected = [*alone.run("cls", batch[:4]), *alone.run("cls", batch[4:])]
-    for _ in range(60):
-        assert np.array_equal(beside.run("cls", batch), expected)
+def test_int8_batches_do_not_disturb_each_other(model: NamedModel) -> None:
+    encoder = TorchEncoder(model, device="cpu", precision="int8", threads=2)
+    batches = [[encoder.prepare("cls", noise(seed + i)) for i in range(4)] for seed in (0, 4)]
+    expected = [encoder.run("cls", batch) for batch in batches]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(60):
+            found = list(pool.map(partial(encoder.run, "cls", at_once=2), batches))
+            assert np.array_equal(found, expected)
 
 
 def test_the_best_number_of_threads_is_that_of_inputs_about_as_large(
     model: NamedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder = TorchEncoder(model, device="cpu", threads=2)
+    encoder = TorchEncoder(model, device="cpu", threads=4)
+    assert encoder.batches_at_once == 4
     answers = iter([1, 1, 2])  # of the embeddings' size, the copies', and the finest
-    monkeypatch.setattr(Lanes, "fastest", lambda *_: next(answers))
-    used: list[tuple[int, int | None]] = []
+    monkeypatch.setattr("service.encoder.fastest", lambda *_: next(answers))
+    used: list[int] = []
+    results = encoder._results
 
-    def run(_: Lanes, compute: Any, batch: torch.Tensor, *, most: int | None) -> torch.Tensor:
-        used.append((len(batch), most))
-        return compute(batch)
+    def noted(*arguments: Any) -> Any:
+        used.append(torch.get_num_threads())
+        return results(*arguments)
 
-    monkeypatch.setattr(Lanes, "run", run)
+    monkeypatch.setattr(encoder, "_results", noted)
+    one = encoder.prepare("cls", noise(1, (48, 48)))
+    encoder.run("cls", [one])
+    encoder.run("cls", [one], at_once=3)
+    encoder.run("cls", [one, one], at_once=9)
+    assert used == [4, 1, 1]  # nothing was measured: its share of the cores
     fine = AttentionTask(block=11, resolution=encoder.info.max_resolution)
     tasks: tuple[Task, ...] = ("cls", "copy", AttentionTask(block=11), fine)
     assert encoder.info.tasks == tasks
@@ -325,9 +334,15 @@ def test_the_best_number_of_threads_is_that_of_inputs_about_as_large(
         encoder.run(task, [one, one])
     nearly = AttentionTask(block=11, resolution=60)
     encoder.run(nearly, [encoder.prepare(nearly, noise(1, (60, 48)))])
-    rolled_out = AttentionTask(block=None)
-    encoder.run(rolled_out, [inputs[0]])  # picture by picture, outside
-    assert used == [(2, 1), (2, 1), (2, 1), (2, 2), (1, 2)]
+    encoder.run(nearly, [encoder.prepare(nearly, noise(1, (60, 48)))], at_once=3)
+    encoder.run(AttentionTask(block=None), [inputs[0]])
+    assert used == [1, 1, 1, 2, 2, 1, 1]
+
+
+def test_few_pictures_of_many_tokens_are_enough(model: NamedModel) -> None:
+    patch = model.artifact.architecture.patch_size
+    tokens = (model.artifact.preprocess.crop // patch) ** 2 + 1
+    assert TorchEncoder(model, device="cpu").enough == math.ceil(512 / tokens)
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="real pictures are not there")
