@@ -85,7 +85,7 @@ class Batcher(Generic[Item, Result]):
         self._expected = 0
         self._running: dict[int, float] = {}  # thread -> when its batch began
         self._seconds_per_item = 0.0
-        self._limit = BatchLimit(-(-max_batch // threads), caution_s=caution_s)
+        self._limit = BatchLimit(_share(max_batch, threads), caution_s=caution_s)
         self._failed_in_a_row = 0
         self._last_failure = ""
         self._changed = threading.Condition()
@@ -301,9 +301,11 @@ class Batcher(Generic[Item, Result]):
 
     def _take(self) -> list[Job[Item, Result]]:
         """Out of the queue: the oldest of one kind, no more than this thread's share of them."""
-        kind, share = self._waiting[0].kind, max(1, self._free)
+        kind = self._waiting[0].kind
         found = sum(job.kind == kind and not job.future.cancelled() for job in self._waiting)
-        most = min(-(-found // share), self._limit.now)
+        # More than enough is left to the next thread that is free: each is as cheap there.
+        fair = max(self._enough, _share(found, len(self._threads)))
+        most = min(_share(found, max(1, self._free)), fair, self._limit.now)
         batch: list[Job[Item, Result]] = []
         others: deque[Job[Item, Result]] = deque()
         for job in self._waiting:
@@ -398,3 +400,7 @@ class Batcher(Generic[Item, Result]):
         if out_of_memory:
             self._limit.out_of_memory(size)
             _log.warning("memory ran out: batches of at most %d for now", self._limit.now)
+
+
+def _share(items: int, threads: int) -> int:
+    return -(-items // threads)
