@@ -20,7 +20,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def to_mode(picture: Image.Image, mode: Mode) -> Image.Image:
-    """An opened picture -> `mode`, 8 bits, upright.
+    """An opened picture, which is not to be used again -> `mode`, 8 bits, upright.
 
     EXIF orientation is applied; transparency is laid over white, or kept in RGBA; 16 bits, 32 bits
     and floats are scaled, not clipped; an animation gives its first frame.
@@ -29,7 +29,7 @@ def to_mode(picture: Image.Image, mode: Mode) -> Image.Image:
         Exception: whatever Pillow's decoders raise on damaged content; they promise no kinds.
     """
     picture.load()
-    picture = ImageOps.exif_transpose(picture)
+    ImageOps.exif_transpose(picture, in_place=True)  # else it is copied, whatever stands there
     if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
         picture = _eight_bits(picture)
     if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:

@@ -66,8 +66,10 @@ def in_precision(
 class _WholeBlock(Block):
     """`backbone.vit.Block` as one call of torch, where tokens are few and all are asked for.
 
-    Between two calls a thread may wait for the interpreter's lock, and small products are done
-    sooner than that. Of many tokens one call is slower: it makes all T x T weights.
+    Between two calls, those that only see a tensor in another shape among them, a thread may wait
+    for the interpreter's lock, and small products are done sooner than that. So tokens stay
+    [B, T, D] from one such block to the next. Of many tokens one call is slower: it makes all T x T
+    weights.
     """
 
     def __init__(self, block: Block) -> None:
@@ -93,14 +95,16 @@ class _WholeBlock(Block):
         attention: AttentionRows,
         cls_only: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """See `Block.forward`."""
+        """See `Block.forward`; of one group also [B, T, D] -> [B, T, D]."""
         b, t = groups[0]
         if len(groups) > 1 or t > _FEW_TOKENS or attention != "none" or cls_only:
-            return super().forward(x, groups, kept, attention, cls_only)
+            rows = x if x.ndim == 2 else x.flatten(0, 1)
+            return super().forward(rows, groups, kept, attention, cls_only)
+        tokens = x if x.ndim == 3 else x.reshape(b, t, self._dim)
         y: Tensor = torch._transformer_encoder_layer_fwd(
-            x.reshape(b, t, self._dim), self._dim, self.attn.num_heads, *self._arguments
+            tokens, self._dim, self.attn.num_heads, *self._arguments
         )
-        return y.flatten(0, 1), None
+        return y, None
 
 
 def _is_as_fast(one: Block, other: Block, tokens: int) -> bool:

@@ -252,8 +252,14 @@ def test_a_block_in_one_call_is_the_block(has_bias: bool, cls_only: bool) -> Non
     with torch.inference_mode():
         expected, found = block(x, *rest)[0], precision._WholeBlock(block)(x, *rest)[0]
 
-    assert found.shape == ((4, 96) if cls_only else (68, 96))
-    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+        whole = precision._WholeBlock(block)
+        further = whole(found, *rest)[0] if not cls_only else whole(x.reshape(4, 17, 96), *rest)[0]
+
+    assert found.shape == ((4, 96) if cls_only else (4, 17, 96))
+    assert torch.allclose(found.reshape(expected.shape), expected, rtol=1e-4, atol=1e-5)
+    with torch.inference_mode():
+        again = block(expected, *rest)[0] if not cls_only else expected
+    assert torch.allclose(further.reshape(again.shape), again, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
