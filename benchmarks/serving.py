@@ -8,9 +8,11 @@ photographs in `--data`, or from synthetic ones where it is absent (`pictures_fr
 sends other bytes with the same pixels, so that the service's cache, at its default size, never
 answers.
 
-- *The ceiling*: the same files decoded by a thread pool and embedded in batches by the service's
-  own code, with the numbers of threads that a short trial of each kind found best. It has twice as
-  many pictures under way as the service has clients, so its batches are larger.
+- *The ceilings*: the same files decoded by a thread pool and embedded in batches by the service's
+  own code, with the numbers of threads that a short trial of each kind found best. The plain one
+  embeds what is ready, batch after batch, on all cores; *the* ceiling has a batch for each core, as
+  the service has. They have twice as many pictures under way as the service has clients, so their
+  batches are larger.
 - *The service*: `python -m service` with default settings, and 1, 4, 16 and 64 clients.
 - *LitServe*: the same network, with Pillow and torchvision before it, batching on, and the settings
   that a short trial of each kind found best.
@@ -45,6 +47,7 @@ CORES = len(os.sched_getaffinity(0))
 COUNTS = {"jpeg": 48, "jpeg_12mp": 8, "png_2mp": 8}
 FIRST = (
     "throughput_vs_ceiling_16",
+    "throughput_vs_plain_ceiling_16",
     "throughput_vs_litserve_16",
     "throughput_vs_litserve_12mp",
     "latency_vs_ceiling_1",
@@ -125,25 +128,34 @@ class Benchmark:
         found |= self._search()
         return found
 
-    def _best_ceilings(self, ceiling: CeilingProcess) -> dict[str, dict[str, int]]:
-        candidates = [
-            {
-                "decode_threads": decoding,
-                "torch_threads": computing,
-                "window": 2 * self._options.clients,
-            }
-            for decoding in sorted({1, CORES, 2 * CORES})
-            for computing in sorted({1, CORES})
-        ][: 1 if self._options.quick else None]
-        best = {}
+    def _best_ceilings(self, ceiling: CeilingProcess) -> dict[str, dict[str, dict[str, int]]]:
+        """Kind -> name -> settings."""
+        best: dict[str, dict[str, dict[str, int]]] = {}
         for kind in COUNTS:
-            rates = [
-                ceiling.do("throughput", kind=kind, seconds=self._options.trial, **one)["per_s"]
-                for one in candidates
-            ]
-            say(f"ceilings, {kind}", dict(zip(map(str, candidates), rates, strict=True)))
-            best[kind] = candidates[rates.index(max(rates))]
+            best[kind] = {}
+            for name, candidates in self._ceilings().items():
+                rates = [
+                    ceiling.do("throughput", kind=kind, seconds=self._options.trial, **one)["per_s"]
+                    for one in candidates
+                ]
+                say(f"{name}, {kind}", dict(zip(map(str, candidates), rates, strict=True)))
+                best[kind][name] = candidates[rates.index(max(rates))]
         return best
+
+    def _ceilings(self) -> dict[str, list[dict[str, int]]]:
+        def candidates(compute_threads: int, *enough: int) -> list[dict[str, int]]:
+            return [
+                {
+                    "decode_threads": decoding,
+                    "compute_threads": compute_threads,
+                    "enough": least,
+                    "window": 2 * self._options.clients,
+                }
+                for decoding in sorted({1, CORES, 2 * CORES})
+                for least in enough
+            ][: 1 if self._options.quick else None]
+
+        return {"plain ceiling": candidates(1, 1), "ceiling": candidates(CORES, 1, 8)}
 
     def _best_rivals(self) -> dict[str, LitServe]:
         """The fastest LitServe for each kind, started and stopped (SIGSTOP)."""
@@ -172,17 +184,18 @@ class Benchmark:
         ceiling: CeilingProcess,
         service: Service,
         rivals: dict[str, LitServe],
-        settings: dict[str, dict[str, int]],
+        settings: dict[str, dict[str, dict[str, int]]],
     ) -> dict[str, Any]:
         seconds, rounds = self._options.seconds, self._options.rounds
         per_s: dict[str, dict[str, list[float]]] = {
-            kind: {name: [] for name in ("ceiling", "service", *(["litserve"] if rivals else []))}
+            kind: {n: [] for n in (*settings[kind], "service", *(["litserve"] if rivals else []))}
             for kind in COUNTS
         }
         for kind, rates in per_s.items():
             for _ in range(rounds):
-                done = ceiling.do("throughput", kind=kind, seconds=seconds, **settings[kind])
-                rates["ceiling"].append(done["per_s"])
+                for name, one in settings[kind].items():
+                    done = ceiling.do("throughput", kind=kind, seconds=seconds, **one)
+                    rates[name].append(done["per_s"])
                 servers = {"service": service, **({"litserve": rivals[kind]} if rivals else {})}
                 for name, server in servers.items():
                     rates[name].append(
@@ -215,6 +228,7 @@ class Benchmark:
             "ratios": ratio,
             "by_clients": by_clients,
             "throughput_vs_ceiling_16": ratio["jpeg"]["ceiling"],
+            "throughput_vs_plain_ceiling_16": ratio["jpeg"]["plain ceiling"],
             "throughput_vs_litserve_16": ratio["jpeg"].get("litserve"),
             "throughput_vs_litserve_12mp": ratio["jpeg_12mp"].get("litserve"),
         }

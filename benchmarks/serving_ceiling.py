@@ -60,7 +60,8 @@ class Ceiling:
     ) -> dict[str, Any]:
         """Pictures a second: a pool decodes, another one embeds what is ready, in batches.
 
-        `window` pictures are under way at once. A batch has `enough` of them, or all there are.
+        `window` pictures are under way at once. A batch has `enough` of them, or all there are. One
+        thread that computes has all cores for each batch; several have their share.
         """
         encoder, files = self.encoder("fp32", CORES), self.files(kind)
         with (
@@ -102,8 +103,12 @@ class Ceiling:
     def precision(
         self, *, precision: Precision, files: list[str], batch: int, rounds: int, torch_threads: int
     ) -> dict[str, Any]:
-        """The network's speed against fp32 on equal batches, and the cosine on whole pictures."""
+        """The network's speed against fp32 on equal batches, and the cosine on whole pictures.
+
+        A batch of several has one core, as in the service under load.
+        """
         plain, other = (self.encoder(one, torch_threads) for one in ("fp32", precision))
+        at_once = 1 if batch == 1 else torch_threads
         inputs = [self.prepare(Path(name)) for name in files]
         cosines: list[float] = []
         for start in range(0, len(inputs), batch):
@@ -116,7 +121,7 @@ class Ceiling:
             took = []
             for encoder in (plain, other):
                 before = time.perf_counter()
-                encoder.run("cls", some)
+                encoder.run("cls", some, at_once=at_once)
                 took.append(time.perf_counter() - before)
             ratios.append(took[0] / took[1])
         return {

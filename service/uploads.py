@@ -265,10 +265,33 @@ def parse_filter(text: str | None) -> Any:
         raise InvalidFilter(f"filter: it is not JSON: {error}") from error
 
 
-class _FormParser(MultiPartParser):
-    """Keeps most files in memory, where they are wanted; Starlette's own writes 1 MiB to disk."""
+class _InPieces(UploadFile):
+    """A file as it came; put together once, when it is read, for one that grows is copied often."""
 
-    spool_max_size = 8 * 2**20
+    def __init__(self, like: UploadFile) -> None:
+        super().__init__(like.file, size=0, filename=like.filename, headers=like.headers)
+        self._pieces: list[bytes] = []
+
+    async def write(self, data: bytes) -> None:
+        self._pieces.append(data)
+
+    async def seek(self, offset: int) -> None:
+        """Reading begins at the start in any case."""
+
+    async def read(self, size: int = -1) -> bytes:
+        """All of it, once."""
+        pieces, self._pieces = self._pieces, []
+        return b"".join(pieces)
+
+
+class _FormParser(MultiPartParser):
+    """Keeps files in memory, where they are wanted; Starlette's own writes 1 MiB to disk."""
+
+    def on_headers_finished(self) -> None:
+        super().on_headers_finished()
+        part = self._current_part
+        if part.file is not None:
+            part.file = _InPieces(part.file)
 
 
 @asynccontextmanager
