@@ -162,9 +162,13 @@ class Preprocess:
     ) -> tuple[int, int]:
         """What `whole` scales a picture of this width and height to."""
         short = max(1, round(short_side / multiple))
-        long = max(short, round(short * min(max(width, height) / min(width, height), LONGEST)))
+        long = max(short, round(short * _aspect(width, height)))
         columns, rows = (short, long) if width <= height else (long, short)
         return columns * multiple, rows * multiple
+
+    def even_short_side(self, width: float, height: float) -> float:
+        """The short side with which `whole` gives about as many pixels as `centre_crop` does."""
+        return self.crop / math.sqrt(_aspect(width, height))
 
     def squash_side(self, *, multiple: int) -> int:
         """The side of the square that `squash` gives."""
@@ -187,6 +191,11 @@ class Preprocess:
 
     def _channels(self, picture: Image.Image) -> Image.Image:
         return picture if picture.mode == self.mode else picture.convert(self.mode)
+
+
+def _aspect(width: float, height: float) -> float:
+    """How many times the short side the long one is in `whole`."""
+    return min(max(width, height) / min(width, height), LONGEST)
 
 
 def _without_far_ends(picture: Image.Image, *, ratio: int = 64) -> Image.Image:

@@ -14,11 +14,11 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from service import deadlines
 from service.batch_limit import BatchLimit
-from service.jobs import BatcherClosed, BatchFailed, Job, QueueFull, fail, note_times
+from service.jobs import BatcherClosed, BatchFailed, BatchObserver, Job, QueueFull, fail, note_times
 
 PERSISTING = 3  # failed batches in a row that are no accident any more
 _WEIGHT_OF_NEW = 0.2  # of the last batch in the running mean of seconds per item
@@ -28,19 +28,6 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class BatchObserver(Protocol):
-    """Is told what the model's thread does, in that thread."""
-
-    def batch_done(self, kind: Hashable, size: int, seconds: float) -> None:
-        """`size` items went through the model at once."""
-
-    def batch_failed(self, *, out_of_memory: bool) -> None:
-        """An attempt failed; its parts may yet succeed."""
-
-    def waited(self, seconds: float) -> None:
-        """An item was taken from the queue after that long."""
-
-
 class Batcher(Generic[Item, Result]):
     """Runs `run(kind, items, at_once)` in threads of its own, on batches of items of one kind.
 
@@ -48,7 +35,7 @@ class Batcher(Generic[Item, Result]):
         run: gives one result per item, in order. `at_once` calls are under way or about to begin,
             this one among them.
         threads: calls of `run` that are made at once.
-        max_batch: most items in one call, or in as many as there are threads.
+        max_batch: most items in one call; of several threads each has its share, or `enough`.
         enough: items that are worth a batch. Where one is computed already and fewer wait, while
             others are expected (`expect`) and no core is free, the next one waits for them: to
             begin it would only slow what is under way.
@@ -85,10 +72,13 @@ class Batcher(Generic[Item, Result]):
         self._expected = 0
         self._running: dict[int, float] = {}  # thread -> when its batch began
         self._seconds_per_item = 0.0
-        self._limit = BatchLimit(_share(max_batch, threads), caution_s=caution_s)
+        most = max(_share(max_batch, threads), min(enough, max_batch))
+        self._limit = BatchLimit(most, caution_s=caution_s)
         self._failed_in_a_row = 0
         self._last_failure = ""
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._turns = [threading.Condition(self._lock) for _ in range(threads)]
+        self._idle: set[int] = set()  # threads that wait for their turn
         self._closed = False
         self._threads = [
             threading.Thread(target=self._work, args=(i,), name=f"model_{i}", daemon=True)
@@ -166,7 +156,7 @@ class Batcher(Generic[Item, Result]):
         """
         now = time.monotonic()
         jobs = [Job[Item, Result](kind, item, self._size_of(item), now) for item in items]
-        with self._changed:
+        with self._lock:
             if self._closed:
                 raise BatcherClosed("the model takes no more pictures: the service is stopping")
             self._check_room(jobs, None if deadline is None else deadline - now)
@@ -182,12 +172,12 @@ class Batcher(Generic[Item, Result]):
             What is to be called, from any thread, when it was put, or will not be; once or more.
         """
         is_over = False
-        with self._changed:
+        with self._lock:
             self._expected += 1
 
         def over() -> None:
             nonlocal is_over
-            with self._changed:
+            with self._lock:
                 if not is_over:
                     is_over = True
                     self._expected -= 1
@@ -218,7 +208,7 @@ class Batcher(Generic[Item, Result]):
             job.is_wanted = False
         cancelled = [job for job in jobs if job.future.cancel()]
         if cancelled:
-            with self._changed:
+            with self._lock:
                 kept = deque(job for job in self._waiting if not job.future.cancelled())
                 self._waiting = kept
                 self._waiting_bytes = sum(job.n_bytes for job in kept)
@@ -230,9 +220,8 @@ class Batcher(Generic[Item, Result]):
             Whether all ended within `timeout_s` seconds.
         """
         end = None if timeout_s is None else time.monotonic() + timeout_s
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        with self._lock:
+            self._close()
         for thread in self._threads:
             thread.join(None if end is None else max(0.0, end - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
@@ -266,29 +255,27 @@ class Batcher(Generic[Item, Result]):
             # Not an error of the model's, those are caught: the process has to be told, and ends.
             _log.critical("a thread of the model ended", exc_info=error)
         finally:
-            with self._changed:
-                self._closed = True
+            with self._lock:
                 self._running.pop(thread, None)
                 left = [*batch, *self._waiting]
                 self._waiting.clear()
                 self._waiting_bytes = 0
-                self._changed.notify_all()
+                self._close()
             for job in left:
                 if job.started is not None or job.future.set_running_or_notify_cancel():
                     fail(job, BatcherClosed("a thread of the model has ended"))
 
     def _next_batch(self, thread: int) -> tuple[list[Job[Item, Result]], int]:
-        """The next batch, its futures marked as running, and the number of batches at once.
-
-        The batch is empty once the batcher is closed and drained.
-        """
-        with self._changed:
+        """The next batch, empty once all is closed and drained, and how many there are at once."""
+        with self._lock:
             self._running.pop(thread, None)
             while True:
                 while not self._has_work():
                     if self._closed:
                         return [], 0
-                    self._changed.wait()
+                    self._idle.add(thread)
+                    self._turns[thread].wait()
+                    self._idle.discard(thread)
                 self._limit.grow_again()
                 batch, others = self._take(), self._free - 1
                 if batch:
@@ -325,13 +312,19 @@ class Batcher(Generic[Item, Result]):
 
     def _has_work(self) -> bool:
         """Whether a thread that waits is to take a batch now."""
-        waiting = len(self._waiting)
-        begins = not self._running or self._free > 0 or waiting >= self._enough or self._closed
+        waiting, enough = len(self._waiting), min(self._enough, self._limit.now, self.max_waiting)
+        begins = not self._running or self._free > 0 or waiting >= enough or self._closed
         return waiting > 0 and begins
 
     def _wake(self) -> None:
-        if self._has_work():
-            self._changed.notify()
+        """The first of those that wait: torch keeps a team for each that ever had several cores."""
+        if self._idle and self._has_work():
+            self._turns[min(self._idle)].notify()
+
+    def _close(self) -> None:
+        self._closed = True
+        for turn in self._turns:
+            turn.notify()
 
     def _serve(self, batch: Sequence[Job[Item, Result]], at_once: int) -> None:
         """Runs a batch; halves of what failed are tried in turn, while that may help."""
@@ -358,7 +351,7 @@ class Batcher(Generic[Item, Result]):
                 continue
             failed += [(job, error) for job in part]
         if failures and not succeeded:
-            with self._changed:
+            with self._lock:
                 self._failed_in_a_row += 1
         for job, error in failed:
             failure = BatchFailed("the model failed on this batch of pictures; try again")

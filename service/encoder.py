@@ -17,7 +17,7 @@ from backbone.architectures import Architecture
 from backbone.attention import attention_row, rollout
 from backbone.descriptors import describe
 from backbone.pictures import Mode
-from backbone.preprocess import LONGEST, Extent
+from backbone.preprocess import Extent
 from backbone.pretrained import NamedModel
 from backbone.vit import VisionTransformer
 from service.patch_maps import Point, patch_at
@@ -270,9 +270,7 @@ class TorchEncoder:
         """Of the whole picture as the model sees it, in pixels."""
         if task.resolution is not None:
             return task.resolution
-        aspect = max(width, height) / min(width, height)
-        side = self._preprocess.crop / math.sqrt(min(aspect, LONGEST))
-        return min(side, self.info.max_resolution)
+        return min(self._preprocess.even_short_side(width, height), self.info.max_resolution)
 
     def _cores(self, prepared: Array, at_once: int) -> AbstractContextManager[None]:
         """A batch's share of them; no more than was fastest for the input most like this one."""

@@ -4,7 +4,7 @@ import time
 from collections.abc import Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from service import measurements
 
@@ -31,6 +31,19 @@ class BatcherClosed(Exception):
 
 class BatchFailed(Exception):
     """The model failed on the batch that an item was in; the cause is chained and logged."""
+
+
+class BatchObserver(Protocol):
+    """Is told what the model's thread does, in that thread."""
+
+    def batch_done(self, kind: Hashable, size: int, seconds: float) -> None:
+        """`size` items went through the model at once."""
+
+    def batch_failed(self, *, out_of_memory: bool) -> None:
+        """An attempt failed; its parts may yet succeed."""
+
+    def waited(self, seconds: float) -> None:
+        """An item was taken from the queue after that long."""
 
 
 @dataclass(eq=False)

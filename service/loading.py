@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from backbone.pretrained import NamedModel, check_name, load_model
+from service import cores
 from service.addresses import parse_allowances
 from service.decode_pool import DecodePool
 from service.encoder import Encoder, ModelInfo, TorchEncoder, check_device, model_info
@@ -18,6 +19,8 @@ from service.models import Model, Models
 from service.settings import Settings
 from service.sharing import ResultCache
 from service.vision import Vision
+
+_DECODE_THREADS = 4  # at least: a large picture does not keep small ones waiting
 
 
 def check_settings(settings: Settings) -> None:
@@ -40,8 +43,7 @@ def find_models(settings: Settings, metrics: Metrics) -> Models:
         ValueError: the device is not there, or two models have one name.
     """
     check_device(settings.device)
-    if settings.torch_threads:
-        torch.set_num_threads(settings.torch_threads)
+    torch.set_num_threads(settings.torch_threads or min(torch.get_num_threads(), cores.available()))
     threads = torch.get_num_threads()  # before any model: theirs change it
     shared = share(settings, metrics)
     found = []
@@ -76,7 +78,7 @@ def share(settings: Settings, metrics: Metrics) -> Shared:
     """The parts that models share, as the settings want them."""
     return Shared(
         pool=DecodePool(
-            settings.decode_threads,
+            settings.decode_threads or max(_DECODE_THREADS, cores.available()),
             max_pictures=settings.max_decode_queue,
             max_bytes=settings.max_decode_bytes,
             observe=metrics.decode.observe,

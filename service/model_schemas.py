@@ -103,8 +103,13 @@ class EmbeddingAnswer(Answer):
 def _as_text(value: Any) -> Any:
     """[x, y] in JSON, as the query string has it."""
     if isinstance(value, list) and len(value) == 2:
-        return ",".join(str(number) for number in value)
+        return ",".join(_digits(number) for number in value)
     return value
+
+
+def _digits(number: Any) -> str:
+    text = str(number)
+    return f"{number:.17f}" if isinstance(number, float) and "e" in text else text
 
 
 def _of(pattern: str, rule: str) -> AfterValidator:

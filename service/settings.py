@@ -164,7 +164,12 @@ class Settings(BaseSettings):
     max_requests: int = Field(
         default=64, ge=1, description="most requests with pictures under way at once; beyond, 429"
     )
-    max_batch_size: int = Field(default=32, ge=1, description="most pictures in one forward pass")
+    max_batch_size: int = Field(
+        default=32,
+        ge=1,
+        description="most pictures in one batch; on the CPU each core has a batch of its own, with "
+        "its share of them or as many as make products large enough",
+    )
     max_queue: int = Field(
         default=512, ge=1, description="most pictures waiting for the model; beyond it, 429"
     )
@@ -202,8 +207,17 @@ class Settings(BaseSettings):
         ge=0,
         description="memory for results of pictures that may come again, in bytes; 0: none is kept",
     )
-    decode_threads: int = Field(default=4, ge=1, description="pictures decoded side by side")
-    torch_threads: int = Field(default=0, ge=0, description="the model's threads; 0 is torch's own")
+    decode_threads: int = Field(
+        default=0,
+        ge=0,
+        description="pictures decoded side by side; 0 is the number of cores, and at least 4",
+    )
+    torch_threads: int = Field(
+        default=0,
+        ge=0,
+        description="cores that a model computes on; 0 is all that the process may use, by its "
+        "affinity, OMP_NUM_THREADS and its container's limit",
+    )
     fetch_urls: bool = Field(
         default=False, description="whether a picture in JSON may be an http(s) URL to fetch"
     )

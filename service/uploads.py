@@ -23,6 +23,7 @@ from service.encoded import EncodedPicture
 from service.errors import RequestError, busy_response, error_response
 
 _SHARE_OF_DEADLINE = 0.6  # that may be spent behind others: the rate is a mean, and it changes
+_LEAP, _LEAP_S = 10.0, 0.1  # times the mean interval, and seconds more, that one may be longer
 _READ_AWAY_BYTES = 2**20  # of a body whose request is refused
 _READ_AWAY_S = 1.0
 _QUICKLY_PARSED = 2**16  # bytes of JSON that the event loop may parse itself
@@ -115,6 +116,8 @@ class Admission:
         now, whole = time.monotonic(), request.body_read or request.started
         # While a body is awaited (another's may have been coming all the time), nothing is slow.
         interval_s = now - max(self._last_through, whole)
+        # A pause of the whole process is no rate; what has become slow shows in a few requests.
+        interval_s = min(interval_s, _LEAP * self._interval_s + _LEAP_S)
         self._interval_s += 0.1 * (interval_s - self._interval_s)
         self._last_through = now
 

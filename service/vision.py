@@ -299,6 +299,9 @@ class Vision:
         missing = [i for i, result in enumerate(kept) if result is None]
         if not missing:
             return [result for result in kept if result is not None]
+        if len(prepared) == 1:
+            (one,) = prepared
+            return [await _shared(self._running, keys[0], lambda: self._alone(task, one), "")]
 
         async def work(chosen: Sequence[int]) -> list[Array]:
             results = await self._submit(task, [prepared[missing[i]].inputs[task] for i in chosen])
@@ -308,6 +311,11 @@ class Vision:
 
         computed = iter(await self._running.share([keys[i] for i in missing], work))
         return [next(computed) if result is None else result for result in kept]
+
+    async def _alone(self, task: Task, prepared: Prepared) -> Array:
+        (result,) = await self._submit(task, [prepared.inputs[task]])
+        self.cache.put(self._key(task, prepared.content_hash), result)
+        return result
 
     async def _submit(self, task: Task, inputs: Sequence[Array]) -> list[Array]:
         request = measurements.current()

@@ -98,6 +98,19 @@ async def test_failures_and_clients_that_leave_teach_nothing(clock: Clock) -> No
     assert await asyncio.gather(*held) == [200] * 10
 
 
+async def test_a_pause_of_the_process_does_not_shut_the_door(clock: Clock) -> None:
+    requests = Requests(clock)
+    for _ in range(100):
+        await requests.post(lambda: setattr(clock, "now", clock.now + 0.01))
+    await requests.post(lambda: setattr(clock, "now", clock.now + 3600.0))
+    waiting = asyncio.get_running_loop().create_future()
+    held = [asyncio.create_task(requests.post(hold=waiting)) for _ in range(20)]
+    await asyncio.sleep(0)
+    assert await requests.post() == 200
+    waiting.set_result(None)
+    assert await asyncio.gather(*held) == [200] * 20
+
+
 async def test_who_would_come_too_late_is_refused_and_let_in_again_later(clock: Clock) -> None:
     requests = Requests(clock)
     for _ in range(100):  # one in 5 s

@@ -18,6 +18,7 @@ class Model:
     def __init__(self) -> None:
         self.batches: list[tuple[Hashable, list[int]]] = []
         self.at_once: list[int] = []
+        self.threads: list[str] = []
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Semaphore(0)
@@ -25,6 +26,7 @@ class Model:
     def run(self, kind: Hashable, items: Sequence[int], at_once: int) -> list[tuple[Hashable, int]]:
         self.batches.append((kind, list(items)))
         self.at_once.append(at_once)
+        self.threads.append(threading.current_thread().name)
         self.entered.release()
         assert self.gate.wait(PATIENCE_S)
         if -1 in items:
@@ -85,7 +87,7 @@ async def test_what_gathers_while_the_model_is_busy_shares_a_call(make: Any, mod
 
 async def test_threads_that_are_free_share_what_waits(make: Any, model: Model) -> None:
     model.gate.clear()
-    batcher = make(threads=3)
+    batcher = make(threads=3, enough=8)
     (task,) = await start(batcher.submit("a", list(range(7))))
     for _ in range(3):
         await model.wait_until_busy()
@@ -95,11 +97,14 @@ async def test_threads_that_are_free_share_what_waits(make: Any, model: Model) -
     assert model.at_once == [3, 3, 3]
 
 
-async def test_the_largest_batch_is_shared_as_well(make: Any, model: Model) -> None:
-    batcher = make(max_batch=5, threads=2)
-    assert batcher.batch_limit == 3
+@pytest.mark.parametrize(("max_batch", "enough", "most"), [(5, 1, 3), (5, 4, 4), (3, 4, 3)])
+async def test_the_largest_batch_is_shared_as_well(
+    make: Any, model: Model, max_batch: int, enough: int, most: int
+) -> None:
+    batcher = make(max_batch=max_batch, threads=2, enough=enough)
+    assert batcher.batch_limit == most
     assert await batcher.submit("a", list(range(12))) == [("a", i) for i in range(12)]
-    assert max(len(items) for _, items in model.batches) == 3
+    assert max(len(items) for _, items in model.batches) <= most
 
 
 async def test_a_lone_item_waits_for_nobody_who_is_expected(make: Any, model: Model) -> None:
@@ -150,7 +155,7 @@ async def test_a_second_batch_waits_for_what_is_expected(
 async def test_a_request_is_not_shared_among_threads_whose_cores_are_taken(
     make: Any, model: Model
 ) -> None:
-    batcher = make(threads=2)
+    batcher = make(threads=2, enough=8)
     over = batcher.expect()
     await batcher.submit("a", [1, 2, 3, 4])
     over()
@@ -164,6 +169,37 @@ async def test_a_request_is_not_shared_among_threads_whose_cores_are_taken(
     model.gate.set()
     await task
     assert [len(items) for _, items in model.batches] == [4, 2, 2]
+
+
+async def test_more_than_enough_is_left_to_the_next_free_thread(make: Any, model: Model) -> None:
+    batcher = make(max_batch=20, threads=2, enough=3)
+    model.gate.clear()
+    tasks = await start(batcher.submit("a", [0]))
+    await model.wait_until_busy()
+    over = batcher.expect()
+    tasks += await start(batcher.submit("a", list(range(1, 10))))
+    await model.wait_until_busy()
+    over()
+    model.gate.set()
+    await asyncio.gather(*tasks)
+    assert [len(items) for _, items in model.batches[:2]] == [1, 5]
+
+
+async def test_the_first_thread_that_is_free_is_the_one_that_works(make: Any, model: Model) -> None:
+    batcher = make(threads=3)
+    for i in range(9):
+        await batcher.submit("a", [i])
+        while not batcher.is_idle:
+            await asyncio.sleep(0)
+    assert set(model.threads) == {"model_0"}
+    model.gate.clear()
+    tasks = []
+    for i in range(2):
+        tasks += await start(batcher.submit("a", [i]))
+        await model.wait_until_busy()
+    model.gate.set()
+    await asyncio.gather(*tasks)
+    assert set(model.threads) <= {"model_0", "model_1"}
 
 
 async def test_how_long_the_oldest_batch_takes(make: Any, model: Model) -> None:

@@ -162,7 +162,7 @@ def test_the_queue_must_hold_the_largest_request() -> None:
         ("port", 65_536),
         ("max_image_bytes", 0),
         ("max_image_pixels", 2**28),  # more than Pillow would open
-        ("decode_threads", 0),
+        ("decode_threads", -1),
         ("max_batch_size", -1),
         ("log_level", "loud"),
         ("fetch_allow", "10.1.0.0/16, example.com"),

@@ -81,9 +81,11 @@ async def test_a_point_in_json_may_be_a_list(client: httpx.AsyncClient) -> None:
     body = {"image": data_uri(png(1, SIZE)), "format": "json"}
     answers = [
         json_of(await client.post(URL, json={**body, "point": point}))
-        for point in ("0.25,1", [0.25, 1], [0.25, 1.0])
+        for point in ("0.25,1", [0.25, 1], [0.25, 1.0], [0.25, 1.0 - 1e-9])
     ]
-    assert answers[0] == answers[1] == answers[2]
+    assert answers[0] == answers[1] == answers[2] == answers[3]
+    tiny = [json_of(await client.post(URL, json={**body, "point": p})) for p in ("0,0", [1e-5, 0])]
+    assert tiny[0] == tiny[1]
     assert answers[0] != json_of(await client.post(URL, json=body))
 
 
