@@ -20,6 +20,11 @@ class BatchLimit:
         self._caution_s = caution_s
         self._until = 0.0
 
+    @property
+    def is_lowered(self) -> bool:
+        """Whether memory ran out lately."""
+        return self.now < self._most
+
     def out_of_memory(self, size: int) -> None:
         """A batch of `size` items was too large."""
         self.now = max(1, min(self.now, size // 2))

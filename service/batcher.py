@@ -4,7 +4,6 @@ The model's threads own it: one, or on the CPU one for each core, each with a ba
 that is free takes the oldest waiting item, and with it others of the same kind, up to the largest
 batch, of which it leaves their share to other free threads. So a lone request waits for nobody, and
 under load batches fill by themselves. A batch that fails is halved until what fails stands alone.
-Knows no torch and no FastAPI.
 """
 
 import asyncio
@@ -19,8 +18,8 @@ from typing import Generic, TypeVar
 from service import deadlines
 from service.batch_limit import BatchLimit
 from service.jobs import BatcherClosed, BatchFailed, BatchObserver, Job, QueueFull, fail, note_times
+from service.trouble import Trouble
 
-PERSISTING = 3  # failed batches in a row that are no accident any more
 _WEIGHT_OF_NEW = 0.2  # of the last batch in the running mean of seconds per item
 _log = logging.getLogger("service")
 
@@ -36,14 +35,15 @@ class Batcher(Generic[Item, Result]):
             this one among them.
         threads: calls of `run` that are made at once.
         max_batch: most items in one call; of several threads each has its share, or `enough`.
-        enough: items that are worth a batch. Where one is computed already and fewer wait, while
-            others are expected (`expect`) and no core is free, the next one waits for them: to
-            begin it would only slow what is under way.
+        enough: of a kind, items that are worth a batch. Where one is computed already and fewer
+            wait, while others are expected (`expect`) and no core is free, the next one waits for
+            them: to begin it would only slow what is under way.
         max_waiting: most items that wait; more are refused.
         max_waiting_bytes: most bytes of items that wait, by `size_of`; one request may be larger
             where nothing else waits.
         is_out_of_memory: whether an error of `run` says so. It makes batches smaller, by half
-            for each such error; `caution_s` seconds later they may double again.
+            for each such error, and one is computed after another; `caution_s` seconds later they
+            may double again, up to as it was.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Batcher(Generic[Item, Result]):
         max_waiting: int,
         max_waiting_bytes: int | None = None,
         threads: int = 1,
-        enough: int = 1,
+        enough: Callable[[Hashable], int] = lambda _: 1,
         size_of: Callable[[Item], int] = lambda _: 0,
         is_out_of_memory: Callable[[Exception], bool] = lambda _: False,
         caution_s: float = 60.0,
@@ -72,10 +72,8 @@ class Batcher(Generic[Item, Result]):
         self._expected = 0
         self._running: dict[int, float] = {}  # thread -> when its batch began
         self._seconds_per_item = 0.0
-        most = max(_share(max_batch, threads), min(enough, max_batch))
-        self._limit = BatchLimit(most, caution_s=caution_s)
-        self._failed_in_a_row = 0
-        self._last_failure = ""
+        self._limit = BatchLimit(max_batch, caution_s=caution_s)
+        self._trouble = Trouble()
         self._lock = threading.Lock()
         self._turns = [threading.Condition(self._lock) for _ in range(threads)]
         self._idle: set[int] = set()  # threads that wait for their turn
@@ -110,7 +108,8 @@ class Batcher(Generic[Item, Result]):
     @property
     def is_idle(self) -> bool:
         """Whether nothing waits and nothing runs."""
-        return not self._running and not self._waiting
+        with self._lock:
+            return not self._running and not self._waiting
 
     @property
     def busy_s(self) -> float:
@@ -121,9 +120,7 @@ class Batcher(Generic[Item, Result]):
     @property
     def trouble(self) -> str | None:
         """Why the model is of no use now: several batches failed in a row; None where it works."""
-        if self._failed_in_a_row < PERSISTING:
-            return None
-        return f"the model failed on the last {self._failed_in_a_row} batches: {self._last_failure}"
+        return self._trouble.told
 
     def retry_after_s(self) -> int:
         """When what waits now will be through, by the rate that was measured."""
@@ -142,7 +139,7 @@ class Batcher(Generic[Item, Result]):
             QueueFull: there are no places for all of them, or the wait would be too long; none
                 is taken.
             WaitedTooLong, DeadlineExceeded: the deadline came before the results.
-            BatcherClosed: the batcher was closed, or the model's thread ended.
+            BatcherClosed: the batcher was closed, or a thread of it ended.
         """
         return await self.results(self.put(kind, items, deadline=deadline), deadline=deadline)
 
@@ -291,10 +288,11 @@ class Batcher(Generic[Item, Result]):
         kind = self._waiting[0].kind
         found = sum(job.kind == kind and not job.future.cancelled() for job in self._waiting)
         # More than enough is left to the next thread that is free: each is as cheap there.
-        fair = max(self._enough, _share(found, len(self._threads)))
-        most = min(_share(found, max(1, self._free)), fair, self._limit.now)
-        batch: list[Job[Item, Result]] = []
-        others: deque[Job[Item, Result]] = deque()
+        threads, enough, limit = len(self._threads), self._enough(kind), self._limit.now
+        fair = max(enough, _share(found, threads))
+        largest = max(_share(limit, threads), min(enough, limit))
+        most = min(_share(found, max(1, self._free)), fair, largest)
+        batch, others = list[Job[Item, Result]](), deque[Job[Item, Result]]()
         for job in self._waiting:
             is_full = len(batch) == most and not job.future.cancelled()
             if job.kind != kind or is_full:
@@ -308,13 +306,17 @@ class Batcher(Generic[Item, Result]):
     @property
     def _free(self) -> int:
         """Threads for which there is a core that nothing else is about to take."""
-        return len(self._threads) - len(self._running) - self._expected
+        at_once = 1 if self._limit.is_lowered else len(self._threads)
+        return at_once - len(self._running) - self._expected
 
     def _has_work(self) -> bool:
         """Whether a thread that waits is to take a batch now."""
-        waiting, enough = len(self._waiting), min(self._enough, self._limit.now, self.max_waiting)
-        begins = not self._running or self._free > 0 or waiting >= enough or self._closed
-        return waiting > 0 and begins
+        if not self._waiting or not self._running:
+            return bool(self._waiting)
+        if self._limit.is_lowered:
+            return False
+        enough = min(self._enough(self._waiting[0].kind), self.max_waiting)
+        return self._free > 0 or len(self._waiting) >= enough or self._closed
 
     def _wake(self) -> None:
         """The first of those that wait: torch keeps a team for each that ever had several cores."""
@@ -331,7 +333,7 @@ class Batcher(Generic[Item, Result]):
         if self._observer is not None:
             for job in batch:
                 self._observer.waited((job.started or job.queued) - job.queued)
-        failures, succeeded = 0, False
+        failures, succeeded, last = 0, False, ""
         # One bad item costs log2(n) + 1 failures. More than two such: it is not the items.
         most = 0 if self.trouble else 2 * (len(batch).bit_length() + 1)
         failed: list[tuple[Job[Item, Result], Exception]] = []
@@ -344,15 +346,14 @@ class Batcher(Generic[Item, Result]):
             if error is None:
                 succeeded = True
                 continue
-            failures += 1
+            failures, last = failures + 1, self._note_failure(error, len(part))
             if len(part) > 1 and failures <= most:
                 half = len(part) // 2
                 parts += [part[half:], part[:half]]
                 continue
             failed += [(job, error) for job in part]
         if failures and not succeeded:
-            with self._lock:
-                self._failed_in_a_row += 1
+            self._trouble.failed(last, began=batch[0].started or 0.0)
         for job, error in failed:
             failure = BatchFailed("the model failed on this batch of pictures; try again")
             failure.__cause__ = error
@@ -370,9 +371,8 @@ class Batcher(Generic[Item, Result]):
             _log.error("a batch of %d failed", len(part), exc_info=error)
             # Its frames hold the batch's memory, and requests would hold the error.
             traceback.clear_frames(error.__traceback__)
-            self._note_failure(error, len(part))
             return error
-        self._failed_in_a_row = 0
+        self._trouble.worked()
         ended = time.monotonic()
         seconds = ended - started
         if self._observer is not None:
@@ -385,14 +385,15 @@ class Batcher(Generic[Item, Result]):
             job.future.set_result(result)
         return None
 
-    def _note_failure(self, error: Exception, size: int) -> None:
+    def _note_failure(self, error: Exception, size: int) -> str:
         out_of_memory = self._is_out_of_memory(error)
-        self._last_failure = "out of memory" if out_of_memory else type(error).__name__
         if self._observer is not None:
             self._observer.batch_failed(out_of_memory=out_of_memory)
         if out_of_memory:
-            self._limit.out_of_memory(size)
+            with self._lock:
+                self._limit.out_of_memory(size)
             _log.warning("memory ran out: batches of at most %d for now", self._limit.now)
+        return "out of memory" if out_of_memory else type(error).__name__
 
 
 def _share(items: int, threads: int) -> int:

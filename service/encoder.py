@@ -1,10 +1,10 @@
 """An artifact as functions from arrays to arrays; the service's way to the network."""
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -124,12 +124,13 @@ class Encoder(Protocol):
 
     Attributes:
         batches_at_once: that are computed sooner beside each other than one after another.
-        enough: pictures of a batch that cost about as little each as those of a larger one.
     """
 
     info: ModelInfo
     batches_at_once: int
-    enough: int
+
+    def enough(self, shape: tuple[int, ...]) -> int:
+        """Inputs of a shape that cost about as little each as those of a larger batch."""
 
     def prepare(self, task: Task, picture: Image.Image, *, extent: Extent | None = None) -> Array:
         """RGB picture, RGBA for a model of those, -> input [C, H, W]; runs in decoding threads.
@@ -199,7 +200,6 @@ class TorchEncoder:
         on_cores = self._device.type == "cpu" and not self._compiled
         self._threads = (threads or torch.get_num_threads()) if on_cores else 1
         self.batches_at_once = self._threads
-        self.enough = -(-_ROWS // tokens)
         self._most: dict[int, int] = {}  # pixels of an input -> threads of one product
         self._preprocess = artifact.preprocess
         self._whitening = artifact.whitening
@@ -240,6 +240,10 @@ class TorchEncoder:
         with self._cores(inputs[0], at_once), torch.inference_mode(), autocast:
             results = self._results(task, batch.to(self._device)).float().cpu()
         return list(results[: len(inputs)].numpy())
+
+    def enough(self, shape: tuple[int, ...]) -> int:
+        """See `Encoder`: as many as have `_ROWS` tokens."""
+        return math.ceil(_ROWS / (1 + math.prod(shape[-2:]) // self._patch**2))
 
     def warm_up(self, task: Task, prepared: Array, *, most: int) -> None:
         """See `Encoder`: every power of two where the network is compiled."""
@@ -303,14 +307,9 @@ class TorchEncoder:
         if task.block is not None:
             rows = attention_row(network, batch, block=task.block, query=query)
         else:
-            # One by one, see `_holds_all_blocks`: rolling out holds what every block was given.
+            # One by one: rolling out holds what every block was given.
             rows = torch.cat([rollout(network, one[None], query=query) for one in batch])[:, None]
         return rows[..., 1:].reshape(*rows.shape[:2], *grid)
-
-
-def _holds_all_blocks(task: Task) -> bool:
-    """Whether it takes much memory for each picture, so that they are computed one by one."""
-    return isinstance(task, AttentionTask) and task.block is None
 
 
 def _bucket(count: int) -> int:
@@ -380,17 +379,3 @@ def check_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return device
-
-
-def batch_kind(task: Task, prepared: Array) -> Hashable:
-    """What must be equal for two inputs to share a forward pass."""
-    return task, prepared.shape
-
-
-def runner(encoder: Encoder) -> Any:
-    """`run` for a `Batcher` whose kinds are `batch_kind`'s."""
-
-    def run(kind: tuple[Task, Any], inputs: Sequence[Array], at_once: int) -> list[Array]:
-        return encoder.run(kind[0], inputs, at_once=at_once)
-
-    return run

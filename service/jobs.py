@@ -26,7 +26,7 @@ class QueueFull(Exception):
 
 
 class BatcherClosed(Exception):
-    """The service is shutting down, or its model thread has ended."""
+    """The service is shutting down, or a thread of the model has ended."""
 
 
 class BatchFailed(Exception):
@@ -34,7 +34,7 @@ class BatchFailed(Exception):
 
 
 class BatchObserver(Protocol):
-    """Is told what the model's thread does, in that thread."""
+    """Is told what the model's threads do, in those threads, several at a time."""
 
     def batch_done(self, kind: Hashable, size: int, seconds: float) -> None:
         """`size` items went through the model at once."""

@@ -20,7 +20,8 @@ from service.settings import Settings
 from service.sharing import ResultCache
 from service.vision import Vision
 
-_DECODE_THREADS = 4  # at least: a large picture does not keep small ones waiting
+# At least, for a large picture not to keep small ones waiting; at most, each may hold one whole.
+_DECODE_THREADS = 4, 16
 
 
 def check_settings(settings: Settings) -> None:
@@ -76,9 +77,10 @@ class Shared:
 
 def share(settings: Settings, metrics: Metrics) -> Shared:
     """The parts that models share, as the settings want them."""
+    least, most = _DECODE_THREADS
     return Shared(
         pool=DecodePool(
-            settings.decode_threads or max(_DECODE_THREADS, cores.available()),
+            settings.decode_threads or min(max(least, cores.available()), most),
             max_pictures=settings.max_decode_queue,
             max_bytes=settings.max_decode_bytes,
             observe=metrics.decode.observe,

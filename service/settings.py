@@ -210,7 +210,7 @@ class Settings(BaseSettings):
     decode_threads: int = Field(
         default=0,
         ge=0,
-        description="pictures decoded side by side; 0 is the number of cores, and at least 4",
+        description="pictures decoded side by side; 0 is the number of cores, but 4 to 16",
     )
     torch_threads: int = Field(
         default=0,

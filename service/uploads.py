@@ -26,6 +26,7 @@ _SHARE_OF_DEADLINE = 0.6  # that may be spent behind others: the rate is a mean,
 _LEAP, _LEAP_S = 10.0, 0.1  # times the mean interval, and seconds more, that one may be longer
 _READ_AWAY_BYTES = 2**20  # of a body whose request is refused
 _READ_AWAY_S = 1.0
+_QUICKLY_JOINED = 2**20  # bytes that the event loop may put together itself
 _QUICKLY_PARSED = 2**16  # bytes of JSON that the event loop may parse itself
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -207,8 +208,8 @@ async def read_upload(request: Request, *, max_pictures: int, described: bool = 
         for name, value in form.multi_items():
             if isinstance(value, UploadFile) and name == "image":
                 param = f"image[{len(pictures)}]"
+                # One of them at a time is held twice.
                 pictures.append(EncodedPicture(content=await value.read(), param=param))
-                await value.close()  # one of them at a time is held twice
             elif isinstance(value, str) and name in fields:
                 fields[name].append(value)
             else:
@@ -277,6 +278,7 @@ class _InPieces(UploadFile):
 
     async def write(self, data: bytes) -> None:
         self._pieces.append(data)
+        self.size = (self.size or 0) + len(data)
 
     async def seek(self, offset: int) -> None:
         """Reading begins at the start in any case."""
@@ -284,7 +286,13 @@ class _InPieces(UploadFile):
     async def read(self, size: int = -1) -> bytes:
         """All of it, once."""
         pieces, self._pieces = self._pieces, []
-        return b"".join(pieces)
+        if (self.size or 0) <= _QUICKLY_JOINED:
+            return b"".join(pieces)
+        return await anyio.to_thread.run_sync(b"".join, pieces)
+
+    async def close(self) -> None:
+        self._pieces = []
+        await super().close()
 
 
 class _FormParser(MultiPartParser):

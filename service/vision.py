@@ -19,14 +19,13 @@ from service.encoder import (
     Encoder,
     ModelInfo,
     Task,
-    batch_kind,
-    runner,
 )
 from service.errors import ImageError
 from service.fetching import Fetcher
 from service.jobs import Job
 from service.memory import is_out_of_memory
 from service.metrics import Metrics
+from service.model_batches import batch_kind, enough_for, runner
 from service.sharing import Flights, ResultCache
 from service.together import all_or_none, first_error_of
 
@@ -49,7 +48,7 @@ class Prepared:
 
 
 class Vision:
-    """Joins the decoding threads and the model's thread behind asynchronous calls.
+    """Joins the decoding threads and the model's threads behind asynchronous calls.
 
     Equal pictures (by the SHA-256 of their content) that are under way are computed once, and
     results are kept in the cache.
@@ -86,7 +85,7 @@ class Vision:
             max_waiting=max_waiting,
             max_waiting_bytes=max_waiting_bytes,
             threads=encoder.batches_at_once,
-            enough=encoder.enough,
+            enough=enough_for(encoder),
             size_of=lambda prepared: prepared.nbytes,
             is_out_of_memory=is_out_of_memory,
             observer=metrics.of_model(encoder.info.name),
@@ -189,7 +188,7 @@ class Vision:
         await self._submit("cls", [self._encoder.prepare("cls", _grey())])
 
     def close(self) -> None:
-        """Finishes what waits for the model, then ends its thread."""
+        """Finishes what waits for the model, then ends its threads."""
         self.batcher.close()
 
     async def _kept_or_prepared(self, task: Task, picture: EncodedPicture) -> Array | Prepared:

@@ -139,8 +139,9 @@ def _decode_jpeg(
         whole = source.size
         if reduction > 1:
             source.draft(None, (whole[0] // reduction, whole[1] // reduction))
+        drafted = source.size != whole  # as it is afterwards, it may lie on its side
         picture = _channels(source, channels)
-    if source.size == whole:
+    if not drafted:
         return picture, views
     # A reduced pixel stands for reduction x reduction whole ones, the last one perhaps for fewer.
     return picture, [_scaled(view, reduction) for view in views]

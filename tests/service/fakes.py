@@ -33,7 +33,6 @@ class FakeEncoder:
 
     cell = 4
     batches_at_once = 1
-    enough = 1
 
     def __init__(self, name: str = "fake", fingerprint: str = "f" * 16) -> None:
         self.info = ModelInfo(
@@ -80,6 +79,9 @@ class FakeEncoder:
         if self.failure is not None:
             raise self.failure
         return [self._result(task, one) for one in inputs]
+
+    def enough(self, shape: tuple[int, ...]) -> int:
+        return 1
 
     def similarity(self, cls: Array) -> Array:
         return cls

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.batcher import PERSISTING, Batcher
+from service.batcher import Batcher
 from service.deadlines import DeadlineExceeded, WaitedTooLong
 from service.jobs import BatcherClosed, BatchFailed, QueueFull
+from service.trouble import PERSISTING
 from tests.service.fakes import PATIENCE_S
 from tests.service.test_batcher import start
 
@@ -126,6 +127,37 @@ async def test_batches_are_smaller_for_a_while_after_memory_ran_out(model: Model
         await asyncio.sleep(0.25)
         assert await batcher.submit("a", [1]) == [1]
         assert batcher.batch_limit == limit
+    batcher.close()
+
+
+async def test_batches_take_turns_for_a_while_after_memory_ran_out(model: Model) -> None:
+    batcher = batcher_of(model, threads=2, caution_s=3600.0)
+    model.fits = 1
+    assert await batcher.submit("a", list(range(8))) == list(range(8))
+    model.fits = 1000
+    while not batcher.is_idle:
+        await asyncio.sleep(0.001)
+    while model.entered.acquire(blocking=False):
+        pass
+    model.gate.clear()
+    tasks = await start(batcher.submit("a", [1]), batcher.submit("a", [2]))
+    assert await asyncio.to_thread(model.entered.acquire, timeout=PATIENCE_S)
+    assert not await asyncio.to_thread(model.entered.acquire, timeout=0.05)
+    model.gate.set()
+    assert await asyncio.gather(*tasks) == [[1], [2]]
+    batcher.close()
+
+
+async def test_failures_beside_each_other_are_one(model: Model) -> None:
+    batcher = batcher_of(model, threads=4)
+    model.broken = True
+    model.gate.clear()
+    tasks = await start(*(batcher.submit("a", [i]) for i in range(4)))
+    for _ in range(4):
+        assert await asyncio.to_thread(model.entered.acquire, timeout=PATIENCE_S)
+    model.gate.set()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert batcher.trouble is None
     batcher.close()
 
 

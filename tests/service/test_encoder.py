@@ -21,7 +21,8 @@ from backbone.preprocess import LONGEST, Preprocess
 from backbone.pretrained import NamedModel, load_model
 from backbone.vit import Block
 from service import precision
-from service.encoder import FEATURES, AttentionTask, Task, TokensTask, TorchEncoder, batch_kind
+from service.encoder import FEATURES, AttentionTask, Task, TokensTask, TorchEncoder
+from service.model_batches import batch_kind
 from service.patch_maps import patch_at
 from service.precision import Precision, in_precision
 from tests.service.pictures import RED, noise, plain
@@ -346,9 +347,11 @@ def test_the_best_number_of_threads_is_that_of_inputs_about_as_large(
 
 
 def test_few_pictures_of_many_tokens_are_enough(model: NamedModel) -> None:
+    encoder = TorchEncoder(model, device="cpu")
     patch = model.artifact.architecture.patch_size
-    tokens = (model.artifact.preprocess.crop // patch) ** 2 + 1
-    assert TorchEncoder(model, device="cpu").enough == math.ceil(512 / tokens)
+    for columns, rows in ((1, 1), (2, 3), (40, 40)):
+        shape = (3, rows * patch, columns * patch)
+        assert encoder.enough(shape) == math.ceil(512 / (rows * columns + 1))
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="real pictures are not there")

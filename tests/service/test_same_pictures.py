@@ -170,3 +170,29 @@ async def test_who_joins_has_a_deadline_of_their_own(
             model.open()
             assert (await second).status_code == (await third).status_code == 200
     assert [number for _, number in encoder.calls] == [1, 1]
+
+
+async def test_a_picture_is_expected_while_it_is_decoded_and_no_longer(
+    serve: Serve, encoder: FakeEncoder
+) -> None:
+    async with serve(decode_threads=1, max_decode_queue=1, max_request_images=1) as client:
+        batcher = vision_of(client).batcher
+        with encoder.slow_decoding() as gate:
+            first = asyncio.create_task(client.post(URL, json=body(1)))
+            await asyncio.to_thread(gate.wait_until_reached)
+            assert batcher._expected == 1
+            error_of(await client.post(URL, json=body(2)), 429, "queue_full")
+            assert batcher._expected == 1
+            gate.open()
+            json_of(await first)
+        assert batcher._expected == 0
+        with encoder.slow_decoding() as gate:
+            left = asyncio.create_task(client.post(URL, json=body(3)))
+            await asyncio.to_thread(gate.wait_until_reached)
+            left.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await left
+            gate.open()
+        damaged = {"input": "data:image/png;base64,AAAA"}
+        error_of(await client.post(URL, json=damaged), 415, "unsupported_image")
+        assert batcher._expected == 0
