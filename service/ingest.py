@@ -23,6 +23,8 @@ import httpx
 from tqdm import tqdm
 
 from backbone.pictures import SUFFIXES
+from index.errors import InvalidName
+from index.records import check_name
 from service.settings import InvalidSettings, load_client_settings
 
 _BUSY = (429, 503)
@@ -73,7 +75,8 @@ async def ingest(
     """Sends every picture below `folder`; counts by outcome, and (path, reason) of the refused.
 
     Raises:
-        IngestError: no such folder, no picture in it, or a service that cannot be used.
+        IngestError: no such folder, no picture in it, a name that no collection can have, or a
+            service that cannot be used.
     """
     if not folder.is_dir():
         raise IngestError(f"{str(folder)!r} is not a folder")
@@ -84,6 +87,10 @@ async def ingest(
     )
     if not paths:
         raise IngestError(f"{str(folder)!r} holds no picture ({', '.join(sorted(SUFFIXES))})")
+    try:
+        check_name(collection)  # one with a slash would be another path
+    except InvalidName as error:
+        raise IngestError(str(error)) from error
     if key and not _KEY.fullmatch(key):  # httpx would show it in its error
         raise IngestError("the key must be of visible ASCII characters, without spaces")
     limits = httpx.Limits(max_connections=parallel)

@@ -28,6 +28,7 @@ from training.dino import clip_each_gradient, drop_last_layer_gradient, update_t
 from training.distributed import ProcessLost, World, all_gather_int, place, world
 from training.dry_run import crop_sheet, describe
 from training.environment import write_environment
+from training.initial import load_initial
 from training.loss import TEACHER_CROPS, DinoLoss, LossTerms
 from training.monitors import Monitor, TrainingDiverged
 from training.optimizers import set_rates, skip_if
@@ -38,7 +39,7 @@ from training.schedules import cosine, linear_warmup
 from training.signals import StopRequest
 from training.skipped import IN_A_ROW, IN_A_ROW_FP16, SkippedSteps
 from training.sources import DataError
-from training.state import Training, make_training, restore, state_of
+from training.state import Training, make_network, make_training, restore, state_of
 from training.wandb_run import start_wandb
 from training.watch import Watch
 from training.workers import ending_workers
@@ -219,6 +220,9 @@ def dry_run(recipe: Recipe, here: World) -> None:
     run_dir = Path(recipe.run_dir)
     source = data.open_source(recipe.data, run_dir, here)
     plan = make_plan(recipe, source, here)
+    if recipe.init_from and resume.find(run_dir, here) is None and here.is_main:
+        student = make_network(recipe, student=True)
+        print(load_initial(recipe.init_from, student.backbone, student.head))
     loader = data.crop_loader(
         source, plan, recipe.data, recipe.crops, start=0, stop=1, device=here.device
     )

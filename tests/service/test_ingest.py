@@ -194,8 +194,9 @@ def test_mistakes_have_a_message(service: Service, folder: Path, tmp_path: Path)
     empty.mkdir()
     with pytest.raises(IngestError, match="no picture"):
         send(empty, "x", service.url)
-    with pytest.raises(IngestError, match="a name must be"):
-        send(folder, "Bad", service.url)
+    for name in ("Bad", "de mo/x", "..", ""):
+        with pytest.raises(IngestError, match="a name must be"):
+            send(folder, name, service.url)
     for url in ("127.0.0.1:8000", "http://[", "ftp://127.0.0.1"):
         with pytest.raises(IngestError, match="cannot be used"):
             send(folder, "x", url)

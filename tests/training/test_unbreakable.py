@@ -247,6 +247,16 @@ def test_a_dry_run_tells_and_draws_and_trains_nothing(
     assert os.environ.get("RANK") is None
 
 
+def test_a_dry_run_looks_at_the_weights_to_start_from(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, told in (("dino_vits99", "did you mean"), ("nosuch.pth", "neither a file")):
+        run_dir = tmp_path / name
+        assert main([*arguments(folder, run_dir, f"init_from={name}"), "--dry-run"]) == 2
+        assert told in capsys.readouterr().err
+        assert not (run_dir / "crops.png").exists()
+
+
 def test_a_run_from_another_runs_weights(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
