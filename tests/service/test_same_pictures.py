@@ -193,6 +193,8 @@ async def test_a_picture_is_expected_while_it_is_decoded_and_no_longer(
             with pytest.raises(asyncio.CancelledError):
                 await left
             gate.open()
+        while vision_of(client)._pool.pictures:  # it is decoded to the end
+            await asyncio.sleep(0.001)
         damaged = {"input": "data:image/png;base64,AAAA"}
         error_of(await client.post(URL, json=damaged), 415, "unsupported_image")
         assert batcher._expected == 0
