@@ -26,7 +26,7 @@ class BatchLimit:
         return self.now < self._most
 
     def out_of_memory(self, size: int) -> None:
-        """A batch of `size` items was too large."""
+        """A batch of `size` items was too large: half of it is the most from now on."""
         self.now = max(1, min(self.now, size // 2))
         self._until = time.monotonic() + self._caution_s
 

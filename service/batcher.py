@@ -268,7 +268,7 @@ class Batcher(Generic[Item, Result]):
             self._running.pop(thread, None)
             while True:
                 while not self._has_work():
-                    if self._closed:
+                    if self._closed and not self._waiting:
                         return [], 0
                     self._idle.add(thread)
                     self._turns[thread].wait()

@@ -14,6 +14,13 @@ def available(cgroup: Path = _CGROUP, groups: Path = _GROUPS) -> int:
 
     A container that is limited to the time of two cores (`docker run --cpus 2`, limits of
     Kubernetes) still sees all of them; a thread for each would spend most of its time stopped.
+
+    Args:
+        cgroup: where the system shows its control groups.
+        groups: the file that names those of this process.
+
+    Returns:
+        At least 1; a share of 1.5 cores counts as 2.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     shares = [share for folder in _folders(cgroup, groups) if (share := _share(folder))]

@@ -130,7 +130,7 @@ class Encoder(Protocol):
     batches_at_once: int
 
     def enough(self, shape: tuple[int, ...]) -> int:
-        """Inputs of a shape that cost about as little each as those of a larger batch."""
+        """How many inputs of a shape [C, H, W] cost about as little each as those of more."""
 
     def prepare(self, task: Task, picture: Image.Image, *, extent: Extent | None = None) -> Array:
         """RGB picture, RGBA for a model of those, -> input [C, H, W]; runs in decoding threads.

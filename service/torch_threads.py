@@ -23,7 +23,7 @@ def torch_threads(number: int) -> Iterator[None]:
 
 
 def fastest(most: int, once: Callable[[int], object]) -> int:
-    """The number of threads, 1 to `most` by doubling, with which `once` takes the least time.
+    """The number of threads, of 1, 2, 4, ... and `most`, with which `once` takes the least time.
 
     Threads that wait for their next share of a small product sleep, and to wake them may cost
     more than they save.

@@ -23,7 +23,12 @@ class Trouble:
         return f"the model failed on the last {self._in_a_row} batches: {self._last}"
 
     def failed(self, error: str, *, began: float) -> None:
-        """A batch came to nothing. Those that were under way together count as one."""
+        """A batch came to nothing. Those that were under way together count as one.
+
+        Args:
+            error: its name, to be told.
+            began: when the batch did, by `time.monotonic()`.
+        """
         with self._lock:
             self._last = error
             if began >= self._noted_at:

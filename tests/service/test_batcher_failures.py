@@ -148,6 +148,23 @@ async def test_batches_take_turns_for_a_while_after_memory_ran_out(model: Model)
     batcher.close()
 
 
+async def test_closing_finishes_what_waits_after_memory_ran_out(model: Model) -> None:
+    batcher = batcher_of(model, threads=2, caution_s=3600.0)
+    model.fits = 1
+    assert await batcher.submit("a", [1, 2]) == [1, 2]
+    while not batcher.is_idle:
+        await asyncio.sleep(0.001)
+    while model.entered.acquire(blocking=False):
+        pass
+    model.gate.clear()
+    tasks = await start(*(batcher.submit("a", [i]) for i in range(6)))
+    assert await asyncio.to_thread(model.entered.acquire, timeout=PATIENCE_S)
+    assert not batcher.close(timeout_s=0.05)
+    model.gate.set()
+    assert await asyncio.gather(*tasks) == [[i] for i in range(6)]
+    assert batcher.close(timeout_s=PATIENCE_S)
+
+
 async def test_failures_beside_each_other_are_one(model: Model) -> None:
     batcher = batcher_of(model, threads=4)
     model.broken = True

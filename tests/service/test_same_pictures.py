@@ -137,17 +137,23 @@ async def test_too_many_pictures_to_decode(serve: Serve, encoder: FakeEncoder) -
         json_of(await client.post(URL, json=body(3)))
 
 
-async def test_a_client_that_leaves_while_its_picture_is_decoded_costs_the_model_nothing(
-    client: httpx.AsyncClient, encoder: FakeEncoder
+async def leave_while_decoding(
+    client: httpx.AsyncClient, encoder: FakeEncoder, *, seed: int
 ) -> None:
-    batcher = vision_of(client).batcher
     with encoder.slow_decoding() as gate:
-        asked = asyncio.create_task(client.post(URL, json=body(1)))
+        asked = asyncio.create_task(client.post(URL, json=body(seed)))
         await asyncio.to_thread(gate.wait_until_reached)
         asked.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asked
         gate.open()
+
+
+async def test_a_client_that_leaves_while_its_picture_is_decoded_costs_the_model_nothing(
+    client: httpx.AsyncClient, encoder: FakeEncoder
+) -> None:
+    batcher = vision_of(client).batcher
+    await leave_while_decoding(client, encoder, seed=1)
     json_of(await client.post(URL, json=body(2)))
     assert encoder.calls == [("cls", 1)]
     assert batcher.waiting == 0
@@ -186,13 +192,7 @@ async def test_a_picture_is_expected_while_it_is_decoded_and_no_longer(
             gate.open()
             json_of(await first)
         assert batcher._expected == 0
-        with encoder.slow_decoding() as gate:
-            left = asyncio.create_task(client.post(URL, json=body(3)))
-            await asyncio.to_thread(gate.wait_until_reached)
-            left.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await left
-            gate.open()
+        await leave_while_decoding(client, encoder, seed=3)
         while vision_of(client)._pool.pictures:  # it is decoded to the end
             await asyncio.sleep(0.001)
         damaged = {"input": "data:image/png;base64,AAAA"}
