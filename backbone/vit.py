@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-AttentionRows = Literal["none", "cls", "full"]
+from backbone.stochastic_depth import Branch, Factors, Group, Kept, draw_paths, is_choice
 
-Group = tuple[int, int]
-"""Pictures of one size: how many, and how many tokens each of them has."""
+AttentionRows = Literal["none", "cls", "full"]
 
 _INIT_STD = 0.02
 
@@ -43,18 +42,6 @@ class Features(NamedTuple):
     attention: Tensor | None
 
 
-class Choice(NamedTuple):
-    """The pictures whose branch is not dropped: their tokens' rows, numbers and groups."""
-
-    rows: Tensor
-    pictures: Tensor
-    groups: list[Group]
-
-
-Kept = tuple[Choice | None, Choice | None]
-"""What stochastic depth leaves of a block's two branches; None is all."""
-
-
 class VisionTransformer(nn.Module):
     """A ViT with a CLS token, learned positions, pre-norm blocks and no classifier.
 
@@ -69,6 +56,11 @@ class VisionTransformer(nn.Module):
         mlp_ratio: hidden size of a block's MLP as a multiple of D.
         qkv_bias: whether queries, keys and values have a bias (DINO's do).
         drop_path_rate: stochastic depth of the last block; earlier blocks rise to it linearly.
+
+    Attributes:
+        recompute_blocks: trades time for memory in `forward_cls`.
+        fixed_shapes: stochastic depth multiplies by 0 on a CPU as well, so that blocks can be
+            compiled once.
     """
 
     def __init__(
@@ -107,6 +99,7 @@ class VisionTransformer(nn.Module):
         )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.recompute_blocks = False
+        self.fixed_shapes = False
 
         nn.init.trunc_normal_(self.pos_embed, std=_INIT_STD)
         nn.init.trunc_normal_(self.cls_token, std=_INIT_STD)
@@ -138,7 +131,7 @@ class VisionTransformer(nn.Module):
         kept: list[Tensor] = []
         weights: Tensor | None = None
         last = len(self.blocks) - 1
-        for i, (block, drawn) in enumerate(zip(self.blocks, self._draw(groups), strict=True)):
+        for i, (block, drawn) in enumerate(zip(self.blocks, self._paths(groups), strict=True)):
             x, weights = block(x, groups, drawn, attention if i == last else "none")
             if i > last - last_blocks:
                 kept.append(self.norm(x).reshape(b, t, d))
@@ -149,13 +142,13 @@ class VisionTransformer(nn.Module):
         """The CLS [sum of B, D] of several batches, each [B, C, H, W] of a size of its own.
 
         One pass through the blocks serves them all; in the last one only the CLS tokens go on, so
-        that nothing is computed which nobody reads. `recompute_blocks` trades time for memory.
+        that nothing is computed which nobody reads.
         """
         parts = [self.embed(pictures)[0] for pictures in batches]
         groups = [(x.shape[0], x.shape[1]) for x in parts]
         x = torch.cat([part.flatten(0, 1) for part in parts])
         last = len(self.blocks) - 1
-        for i, (block, drawn) in enumerate(zip(self.blocks, self._draw(groups), strict=True)):
+        for i, (block, drawn) in enumerate(zip(self.blocks, self._paths(groups), strict=True)):
             rest = (groups, drawn, "none", i == last)
             if self.recompute_blocks and torch.is_grad_enabled():
                 x, _ = checkpoint(block, x, *rest, use_reentrant=False)
@@ -190,30 +183,12 @@ class VisionTransformer(nn.Module):
         )
         return torch.cat((cls, grid.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
 
-    def _draw(self, groups: Sequence[Group]) -> list[Kept]:
-        """Stochastic depth's choices for one forward, each block's on its own.
-
-        Drawn on the CPU, whose random state a run can seed, and sent to the device in one piece:
-        the host knows every shape without waiting for the device.
-        """
+    def _paths(self, groups: Sequence[Group]) -> list[Kept]:
         if not self.training or not any(self.drop_path_rates):
             return [(None, None)] * len(self.drop_path_rates)
-        choices = [
-            _choose(groups, rate) if rate else None
-            for rate in self.drop_path_rates
-            for _ in range(2)
-        ]
-        indices = [part for choice in choices if choice for part in (choice.rows, choice.pictures)]
-        together = torch.cat(indices)
-        if self.cls_token.device.type == "cuda":
-            together = together.pin_memory()
-        together = together.to(self.cls_token.device, non_blocking=True)
-        parts = iter(torch.split(together, [len(part) for part in indices]))
-        placed = [
-            choice and Choice(rows=next(parts), pictures=next(parts), groups=choice.groups)
-            for choice in choices
-        ]
-        return list(zip(placed[::2], placed[1::2], strict=True))
+        device = self.cls_token.device
+        fixed = self.fixed_shapes or device.type != "cpu"
+        return draw_paths(self.drop_path_rates, groups, device, fixed_shapes=fixed)
 
     def _check(self, pictures: Tensor) -> None:
         if pictures.ndim != 4 or pictures.shape[1] != self.in_channels:
@@ -245,8 +220,7 @@ class Block(nn.Module):
     """Pre-norm attention and MLP, each with a residual connection and stochastic depth.
 
     Stochastic depth (arXiv 1603.09382): in training, a picture's branch is dropped whole with
-    probability `drop_path_rate`, and what is kept is scaled by 1 / (1 - rate). Dropped pictures
-    are left out of the computation.
+    probability `drop_path_rate`, and what is kept is scaled by 1 / (1 - rate); see `Kept`.
     """
 
     def __init__(
@@ -272,23 +246,24 @@ class Block(nn.Module):
         With `cls_only` the CLS tokens alone come out, [sum of B, D], for the price of theirs.
         """
         first, second = kept
-        some = x if first is None else x[first.rows]
-        groups_kept = groups if first is None else first.groups
+        some, some_groups = (x[first.rows], first.groups) if is_choice(first) else (x, groups)
         if cls_only:
-            y, weights = self.attn.forward_cls(self.norm1(some), groups_kept), None
+            y, weights = self.attn.forward_cls(self.norm1(some), some_groups), None
             x = torch.cat([part[:, 0] for part in _split(x, groups)])
         else:
-            y, weights = self.attn(self.norm1(some), groups_kept, attention)
-        x = self._add(x, y, first and (first.pictures if cls_only else first.rows))
-        rows = second and (second.pictures if cls_only else second.rows)
-        some = x if rows is None else x[rows]
-        return self._add(x, self.mlp(self.norm2(some)), rows), weights
+            y, weights = self.attn(self.norm1(some), some_groups, attention)
+        x = self._add(x, y, first, cls_only)
+        some = x[second.pictures if cls_only else second.rows] if is_choice(second) else x
+        return self._add(x, self.mlp(self.norm2(some)), second, cls_only), weights
 
-    def _add(self, x: Tensor, branch: Tensor, rows: Tensor | None) -> Tensor:
-        if rows is None:
-            return x + branch
+    def _add(self, x: Tensor, y: Tensor, branch: Branch, cls_only: bool) -> Tensor:
+        if branch is None:
+            return x + y
+        if isinstance(branch, Factors):
+            return torch.addcmul(x, y, branch.pictures if cls_only else branch.tokens)
         scale = 1.0 / (1.0 - self.drop_path_rate)
-        return x.index_add(0, rows, branch.to(x.dtype), alpha=scale)
+        rows = branch.pictures if cls_only else branch.rows
+        return x.index_add(0, rows, y.to(x.dtype), alpha=scale)
 
 
 class Attention(nn.Module):
@@ -379,18 +354,6 @@ def _split(x: Tensor, groups: Sequence[Group]) -> list[Tensor]:
     """[sum of B * T, D] -> each group's [B, T, D]."""
     parts = torch.split(x, [b * t for b, t in groups])
     return [part.reshape(b, t, x.shape[-1]) for part, (b, t) in zip(parts, groups, strict=True)]
-
-
-def _choose(groups: Sequence[Group], rate: float) -> Choice:
-    rows, pictures, kept, start, first = [], [], [], 0, 0
-    for b, t in groups:
-        chosen = (torch.rand(b) >= rate).nonzero()
-        rows.append((start + chosen * t + torch.arange(t)).flatten())
-        pictures.append(first + chosen.flatten())
-        kept.append((len(chosen), t))
-        start += b * t
-        first += b
-    return Choice(torch.cat(rows), torch.cat(pictures), kept)
 
 
 def _init_linear(module: nn.Module) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from backbone.architectures import Backbone
-from backbone.vit import AttentionRows, Block, Group, Kept, Mlp, VisionTransformer
+from backbone.stochastic_depth import Group, Kept
+from backbone.vit import AttentionRows, Block, Mlp, VisionTransformer
 
 Precision = Literal["fp32", "bf16", "int8"]
 _FEW_TOKENS = 128

@@ -31,7 +31,6 @@ _RATIOS = (3 / 4, 4 / 3)
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = 0.4, 0.4, 0.2, 0.1
 _P_FLIP, _P_JITTER, _P_GREY, _P_SOLARIZE = 0.5, 0.8, 0.2, 0.2
 _P_BLUR_FIRST, _P_BLUR_SECOND, _P_BLUR_LOCAL = 1.0, 0.1, 0.5
-_BLUR_RADIUS = (0.1, 2.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +72,7 @@ def draw_views(width: int, height: int, crops: Crops, rng: random.Random) -> lis
             flip=rng.random() < _P_FLIP,
             jitter=_draw_jitter(rng) if rng.random() < _P_JITTER else (),
             grey=rng.random() < _P_GREY,
-            blur_radius=rng.uniform(*_BLUR_RADIUS) if rng.random() < p_blur else None,
+            blur_radius=rng.uniform(*crops.blur) if rng.random() < p_blur else None,
             solarize=p_solarize > 0 and rng.random() < p_solarize,
         )
 

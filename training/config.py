@@ -108,13 +108,19 @@ class Head:
 
 @dataclass(frozen=True, kw_only=True)
 class Crops:
-    """Multi-crop: sizes in pixels, scales as shares of the picture's area."""
+    """Multi-crop: sizes in pixels, scales as shares of the picture's area.
+
+    Attributes:
+        blur: the deviation of the Gaussian blur in pixels of the crop, from and to; the paper's is
+            for crops of 224.
+    """
 
     global_size: int = 224
     global_scale: tuple[float, float] = (0.4, 1.0)
     local_count: int = 8
     local_size: int = 96
     local_scale: tuple[float, float] = (0.05, 0.4)
+    blur: tuple[float, float] = (0.1, 2.0)
 
     def __post_init__(self) -> None:
         _at_least(0, "crops.", self, "local_count")
@@ -123,6 +129,9 @@ class Crops:
             low, high = getattr(self, name)
             rule = "must be two shares of the area, 0 < low <= high <= 1"
             require(0.0 < low <= high <= 1.0, f"crops.{name}", [low, high], rule)
+        low, high = self.blur
+        rule = "must be two deviations in pixels, 0 <= low <= high"
+        require(0.0 <= low <= high, "crops.blur", [low, high], rule)
 
 
 @dataclass(frozen=True, kw_only=True)

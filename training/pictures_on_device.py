@@ -1,7 +1,8 @@
 """A data set that is decoded once and lives on the device whole."""
 
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -67,7 +68,10 @@ class PicturesOnDevice:
         self._starts: list[int] = []
         sizes: list[tuple[int, int]] = []
         starts = list(accumulate(lengths, initial=0))
-        for i, found in _walk(_Decoded(pictures, channels), count, "decoding", workers, progress):
+        decoded = _Decoded(pictures, channels)
+        for i, found in _walk(
+            decoded, count, "decoding", workers, progress, pack=_pack, unpack=_unpack
+        ):
             if isinstance(found, str):
                 bad[i] = found
             elif found.numel() != lengths[i]:
@@ -152,17 +156,43 @@ class _Decoded(Dataset[Tensor | str]):
         return torch.from_numpy(values)
 
 
+def _pack(samples: Sequence[Tensor | str]) -> tuple[Tensor, list[tuple[int, ...] | str]]:
+    """A worker's pictures as one tensor: each would travel as a file of its own."""
+    flat = [each.flatten() for each in samples if isinstance(each, Tensor)]
+    none = torch.empty(0, dtype=torch.uint8)
+    return torch.cat([none, *flat]), [x if isinstance(x, str) else tuple(x.shape) for x in samples]
+
+
+def _unpack(batch: tuple[Tensor, list[tuple[int, ...] | str]]) -> Iterator[Tensor | str]:
+    flat, found = batch
+    start = 0
+    for each in found:
+        if isinstance(each, str):
+            yield each
+        else:
+            end = start + math.prod(each)
+            yield flat[start:end].view(each)
+            start = end
+
+
 def _walk(
-    dataset: Dataset[Any], count: int, title: str, workers: int, progress: bool
+    dataset: Dataset[Any],
+    count: int,
+    title: str,
+    workers: int,
+    progress: bool,
+    *,
+    pack: Callable[[list[Any]], Any] = list,
+    unpack: Callable[[Any], Iterable[Any]] = iter,
 ) -> Iterator[tuple[int, Any]]:
     """Every sample with its number, in order, made in workers, with a bar."""
     loader: DataLoader[Any] = DataLoader(
         dataset,
-        batch_size=16,
-        collate_fn=list,
+        batch_size=32,
+        collate_fn=pack,
         **worker_settings(workers),
     )
-    samples = (sample for batch in loader for sample in batch)
+    samples = (sample for batch in loader for sample in unpack(batch))
     bar = tqdm(samples, desc=title, total=count, unit="picture", disable=not progress)
     yield from enumerate(bar)
 

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from backbone.vit import VisionTransformer
 from training import snapshot
-from training.config import ConfigError, Recipe, recipe_to_dict
+from training.config import ConfigError, Recipe, recipe_from_dict, recipe_to_dict
 from training.dino import Network, ProjectionHead, make_teacher
 from training.distributed import World
 from training.initial import load_initial
@@ -88,6 +88,8 @@ def make_training(recipe: Recipe, here: World, *, initial: bool = False) -> Trai
             raise ConfigError("checkpoint_blocks = True: only ViTs have blocks to recompute")
         backbone.recompute_blocks = True
     if recipe.compile:
+        if isinstance(backbone, VisionTransformer):
+            backbone.fixed_shapes = True
         for network in (student, teacher):
             for part in getattr(network.backbone, "blocks", [network.backbone]):
                 part.compile()
@@ -178,7 +180,8 @@ def restore(
     Raises:
         SnapshotError: it was made by another recipe, or at another scale.
     """
-    old = {**state["recipe"], **state.get("scale", scale)}
+    # A snapshot of an older version lacks what recipes have learned since: defaults, then.
+    old = {**recipe_to_dict(recipe_from_dict(state["recipe"])), **state.get("scale", scale)}
     free = _MAY_CHANGE - ({"data.workers"} if recipe.data.stream else set())
     if changed := _changed(old, {**recipe_to_dict(recipe), **scale}, free):
         raise snapshot.SnapshotError(

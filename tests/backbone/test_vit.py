@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from backbone.architectures import VITS, Architecture
-from backbone.vit import VisionTransformer, _choose
+from backbone.stochastic_depth import _choice
+from backbone.vit import VisionTransformer
 
 
 def network(**changes: Any) -> VisionTransformer:
@@ -156,7 +157,8 @@ def test_drop_path_is_the_textbooks() -> None:
 
 def test_drop_path_keeps_the_mean() -> None:
     rate, count = 0.25, 4000
-    choice = _choose([(count, 2), (count, 1)], rate)
+    drawn = [torch.rand(count) >= rate for _ in range(2)]
+    choice = _choice(drawn, [(count, 2), (count, 1)])
     kept = [n for n, _ in choice.groups]
     assert sum(kept) / (2 * count) == pytest.approx(1 - rate, abs=0.02)
     assert len(choice.rows) == kept[0] * 2 + kept[1]
@@ -172,6 +174,24 @@ def test_a_batch_of_which_everything_is_dropped() -> None:
     cls = vit.forward_cls([torch.randn(2, 3, 16, 16), torch.randn(1, 3, 8, 8)])
     cls.sum().backward()
     assert bool(cls.isfinite().all())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_paths_multiplied_by_zero_are_those_left_out(recompute: bool) -> None:
+    """Both forms of stochastic depth, of which a GPU takes the second, and their gradients."""
+    vit = network(drop_path_rate=0.6, depth=4).train()
+    vit.recompute_blocks = recompute
+    batches = [torch.randn(5, 3, 16, 16), torch.randn(7, 3, 8, 12)]
+    weights = torch.randn(12, vit.embed_dim)
+    found = []
+    for vit.fixed_shapes in (False, True):
+        torch.manual_seed(2)
+        cls = vit.forward_cls(batches)
+        gradients = torch.autograd.grad((cls * weights).sum(), list(vit.parameters()))
+        torch.manual_seed(2)
+        found.append([cls, *gradients, vit(batches[0]).cls])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
