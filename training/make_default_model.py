@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--input", type=int, default=64, help="side at which it is served, pixels")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="measuring")
     parser.add_argument("--no-train", action="store_true", help="export what RUN_DIR holds")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         train = sorted(options.data.glob("tiny-imagenet-train-*.tar.gz"))
         overrides = [f"data.train={json.dumps([str(path) for path in train])}", *options.overrides]

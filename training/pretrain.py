@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="print sizes, memory and schedules, draw a batch of crops, and train nothing",
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         where = place()
         recipe = load_recipe(

@@ -194,6 +194,32 @@ def test_paths_multiplied_by_zero_are_those_left_out(recompute: bool) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of the compiler itself
+def test_compiled_blocks_of_fixed_shapes_share_their_graphs() -> None:
+    """As training compiles them: nothing is compiled again, whatever chance drops."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    plain, compiled = (network(drop_path_rate=0.5, depth=6).train() for _ in range(2))
+    compiled.load_state_dict(plain.state_dict())
+    batches = [torch.randn(5, 3, 16, 16), torch.randn(7, 3, 8, 8)]
+    for vit in (plain, compiled):
+        vit.fixed_shapes = True
+    for block in compiled.blocks:
+        block.compile(backend="aot_eager")
+    for seed in range(4):
+        found = []
+        for vit in (plain, compiled):
+            torch.manual_seed(seed)
+            cls = vit.forward_cls(batches)
+            found.append([cls, *torch.autograd.grad(cls.square().sum(), list(vit.parameters()))])
+        for mine, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    # The first block, which never drops; those between; and the last, for CLS alone.
+    assert counters["stats"]["unique_graphs"] == 3
+    assert not counters["graph_break"]
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_several_sizes_in_one_forward_are_what_each_gives_alone(recompute: bool) -> None:
     vit = network(depth=3)

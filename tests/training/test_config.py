@@ -142,6 +142,8 @@ def test_a_value_of_the_wrong_type(path: Path, override: str, rule: str) -> None
         ("crops.global_scale=[0.5, 0.4]", "low <= high"),
         ("crops.local_scale=[0.0, 0.4]", "0 < low"),
         ("crops.local_scale=[0.1, 1.4]", "high <= 1"),
+        ("crops.blur=[2.0, 0.1]", "low <= high"),
+        ("crops.blur=[-0.1, 1.0]", "0 <= low"),
         ("crops.local_size=7", "patch_size 8"),
         ("crops.local_size=0", "at least 1"),
         ("loss.teacher_temperature=0", "above 0"),
