@@ -38,30 +38,40 @@ they are computed and multiplied by 0. Which ones are dropped is the same.
 """
 
 
-def draw_paths(
-    rates: Sequence[float],
-    groups: Sequence[Group],
-    device: torch.device,
-    *,
-    fixed_shapes: bool,
-) -> list[Kept]:
-    """The choices of one forward, each block's on its own.
+def draw_choices(rates: Sequence[float], groups: Sequence[Group]) -> list[Kept]:
+    """The choices of one forward on a CPU, each block's on its own; `rates` are the blocks'."""
+    branches: list[Branch] = [
+        None if some is None else _choice(some, groups) for some in _draw(_twice(rates), groups)
+    ]
+    return list(zip(branches[::2], branches[1::2], strict=True))
 
-    Drawn on the CPU, whose random state a run can seed: the host knows every shape without waiting
-    for the device.
 
-    Args:
-        rates: each block's probability that a branch is dropped.
-        device: of the tokens.
-        fixed_shapes: gives `Factors`, else each a `Choice`.
+def draw_factors(rates: Sequence[float], groups: Sequence[Group]) -> Tensor:
+    """The same choices as the factors of `Factors.pictures`, [branches that may drop, sum of B].
+
+    Drawn on the CPU as well, whose random state a run can seed.
     """
-    twice = [rate for rate in rates for _ in range(2)]
-    drawn = [[torch.rand(b) >= rate for b, _ in groups] if rate else None for rate in twice]
-    branches: list[Branch]
-    if fixed_shapes:
-        branches = _factors(drawn, twice, groups, device)
-    else:
-        branches = [None if some is None else _choice(some, groups) for some in drawn]
+    twice = _twice(rates)
+    some = [
+        torch.cat(kept) / (1.0 - rate)
+        for kept, rate in zip(_draw(twice, groups), twice, strict=True)
+        if kept is not None
+    ]
+    return torch.stack(some)
+
+
+def spread_factors(factors: Tensor, rates: Sequence[float], groups: Sequence[Group]) -> list[Kept]:
+    """What `draw_factors` gave, on the tokens' device -> each block's part, for all its tokens."""
+    by_group = torch.split(factors, [b for b, _ in groups], dim=1)
+    tokens = torch.cat(
+        [
+            part[..., None].expand(-1, -1, t).flatten(1)
+            for part, (_, t) in zip(by_group, groups, strict=True)
+        ],
+        dim=1,
+    )
+    made = iter(zip(tokens[..., None].unbind(), factors[..., None].unbind(), strict=True))
+    branches = [Factors(*next(made)) if rate else None for rate in _twice(rates)]
     return list(zip(branches[::2], branches[1::2], strict=True))
 
 
@@ -83,26 +93,11 @@ def _choice(kept: Sequence[Tensor], groups: Sequence[Group]) -> Choice:
     return Choice(torch.cat(rows), torch.cat(pictures), sizes)
 
 
-def _factors(
-    drawn: Sequence[Sequence[Tensor] | None],
-    rates: Sequence[float],
-    groups: Sequence[Group],
-    device: torch.device,
-) -> list[Branch]:
-    """Of each branch's and each group's bool [B], by one transfer that nobody waits for."""
-    some = [
-        torch.cat(list(kept)) / (1.0 - rate)
-        for kept, rate in zip(drawn, rates, strict=True)
-        if kept is not None
-    ]
-    together = torch.stack(some)
-    if device.type == "cuda":
-        together = together.pin_memory()
-    pictures = together.to(device, non_blocking=True)[..., None]
-    by_group = torch.split(pictures, [b for b, _ in groups], dim=1)
-    tokens = torch.cat(
-        [part.expand(-1, -1, t).flatten(1) for part, (_, t) in zip(by_group, groups, strict=True)],
-        dim=1,
-    )[..., None]
-    made = iter(zip(tokens.unbind(), pictures.unbind(), strict=True))
-    return [None if kept is None else Factors(*next(made)) for kept in drawn]
+def _draw(rates: Sequence[float], groups: Sequence[Group]) -> list[list[Tensor] | None]:
+    """Of each branch that may drop and each group, which pictures it keeps: bool [B]."""
+    return [[torch.rand(b) >= rate for b, _ in groups] if rate else None for rate in rates]
+
+
+def _twice(rates: Sequence[float]) -> list[float]:
+    """Each block's rate for both of its branches."""
+    return [rate for rate in rates for _ in range(2)]

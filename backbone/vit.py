@@ -16,7 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from backbone.stochastic_depth import Branch, Factors, Group, Kept, draw_paths, is_choice
+from backbone.stochastic_depth import (
+    Branch,
+    Factors,
+    Group,
+    Kept,
+    draw_choices,
+    draw_factors,
+    is_choice,
+    spread_factors,
+)
 
 AttentionRows = Literal["none", "cls", "full"]
 
@@ -61,6 +70,8 @@ class VisionTransformer(nn.Module):
         recompute_blocks: trades time for memory in `forward_cls`.
         fixed_shapes: stochastic depth multiplies by 0 on a CPU as well, so that blocks can be
             compiled once.
+        drawn: stochastic depth's factors for the forwards to come, on the device (see
+            `draw_factors`); where empty, each forward draws its own.
     """
 
     def __init__(
@@ -100,6 +111,7 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.recompute_blocks = False
         self.fixed_shapes = False
+        self.drawn: list[Tensor] = []
 
         nn.init.trunc_normal_(self.pos_embed, std=_INIT_STD)
         nn.init.trunc_normal_(self.cls_token, std=_INIT_STD)
@@ -184,11 +196,17 @@ class VisionTransformer(nn.Module):
         return torch.cat((cls, grid.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
 
     def _paths(self, groups: Sequence[Group]) -> list[Kept]:
-        if not self.training or not any(self.drop_path_rates):
-            return [(None, None)] * len(self.drop_path_rates)
-        device = self.cls_token.device
-        fixed = self.fixed_shapes or device.type != "cpu"
-        return draw_paths(self.drop_path_rates, groups, device, fixed_shapes=fixed)
+        rates, device = self.drop_path_rates, self.cls_token.device
+        if not self.training or not any(rates):
+            return [(None, None)] * len(rates)
+        if self.drawn:
+            return spread_factors(self.drawn.pop(0), rates, groups)
+        if device.type == "cpu" and not self.fixed_shapes:
+            return draw_choices(rates, groups)
+        factors = draw_factors(rates, groups)
+        if device.type == "cuda":
+            factors = factors.pin_memory()
+        return spread_factors(factors.to(device, non_blocking=True), rates, groups)
 
     def _check(self, pictures: Tensor) -> None:
         if pictures.ndim != 4 or pictures.shape[1] != self.in_channels:

@@ -266,7 +266,8 @@ class Recipe:
             it natively (CUDA, and processors with AVX512-BF16 or AMX), else fp32.
         strategy: how processes share the work: "ddp", "fsdp" (parameters in shards), or "auto":
             fsdp for vit_large, else ddp.
-        compile: compiles each block with torch.compile.
+        compile: compiles each block, and the device's augmentation, with torch.compile.
+        cuda_graph: lets one GPU that trains a ViT with AdamW take each step as one CUDA graph.
         checkpoint_blocks: recomputes each block in the backward pass, for less memory.
         init_from: weights that a new run starts from: an artifact, a checkpoint, a known name or
             another run's folder; "" starts afresh.
@@ -286,6 +287,7 @@ class Recipe:
     precision: str = "auto"
     strategy: str = "auto"
     compile: bool = False
+    cuda_graph: bool = True
     checkpoint_blocks: bool = False
     init_from: str = ""
     log_steps: int = 10

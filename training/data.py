@@ -126,23 +126,31 @@ def crop_loader(
 
 
 def to_crops(
-    batch: Any, source: Source, data: Data, crops: Crops, device: torch.device
+    batch: Any,
+    source: Source,
+    data: Data,
+    crops: Crops,
+    device: torch.device,
+    *,
+    compiled: bool = False,
 ) -> list[Tensor]:
     """A loader's batch -> its normalised crops on the device, global ones first, each [B, C, S, S].
 
-    What the workers have not made of the pictures, the device makes.
+    What the workers have not made of the pictures, the device makes, in compiled kernels if
+    `compiled`.
     """
     if isinstance(batch, CropBatch):
         parts = [part.to(device, non_blocking=True) for part in batch[:2]]
     elif isinstance(batch, HeldBatch):
         assert isinstance(source, PicturesOnDevice)
         canvas, sizes = source.batch(batch.indices)
-        parts = [*augment(canvas, sizes, batch.views, crops)]
+        parts = [*augment(canvas, sizes, batch.views, crops, compiled=compiled)]
     else:
         canvas, sizes, views = batch.pictures
-        parts = [*augment(canvas.to(device, non_blocking=True), sizes, views, crops)]
+        canvas = canvas.to(device, non_blocking=True)
+        parts = [*augment(canvas, sizes, views, crops, compiled=compiled)]
     mean, std = _on_device(data.mean, device), _on_device(data.std, device)
-    return [normalise(crop, mean, std) for part in parts for crop in part]
+    return [crop for part in parts for crop in normalise(part, mean, std)]
 
 
 @lru_cache(maxsize=8)

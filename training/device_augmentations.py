@@ -6,7 +6,8 @@ reaches the device in one transfer, and nothing waits for the device.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -98,13 +99,17 @@ def collate_drawn(samples: Sequence[Drawn]) -> DrawnBatch:
     return DrawnBatch(canvas, sizes, torch.stack([sample.views for sample in samples]))
 
 
-def augment(canvas: Tensor, sizes: Tensor, views: Tensor, crops: Crops) -> tuple[Tensor, Tensor]:
+def augment(
+    canvas: Tensor, sizes: Tensor, views: Tensor, crops: Crops, *, compiled: bool = False
+) -> tuple[Tensor, Tensor]:
     """The crops of a batch, on the canvas's device: as `multi_crop` makes them of each picture.
 
     Args:
         canvas: uint8 [B, C, H, W].
         sizes: int64 [B, 2], heights and widths; on the CPU.
         views: float64 [B, 2 + N, 16], see `view_table`; on the CPU.
+        compiled: does every operation to every crop and takes those that its view has, in a few
+            compiled kernels; else each operation is done to its own crops, in hundreds of them.
 
     Returns:
         uint8 [2, B, C, G, G] and [N, B, C, L, L].
@@ -115,12 +120,14 @@ def augment(canvas: Tensor, sizes: Tensor, views: Tensor, crops: Crops) -> tuple
     _check(canvas, sizes, views, crops)
     with torch.no_grad(), torch.autocast(canvas.device.type, enabled=False):
         return (
-            _augment_alike(canvas, sizes, views[:, :2], crops.global_size),
-            _augment_alike(canvas, sizes, views[:, 2:], crops.local_size),
+            _augment_alike(canvas, sizes, views[:, :2], crops.global_size, compiled),
+            _augment_alike(canvas, sizes, views[:, 2:], crops.local_size, compiled),
         )
 
 
-def _augment_alike(canvas: Tensor, sizes: Tensor, views: Tensor, size: int) -> Tensor:
+def _augment_alike(
+    canvas: Tensor, sizes: Tensor, views: Tensor, size: int, compiled: bool
+) -> Tensor:
     """Views of one size, [B, V, 16] -> uint8 [V, B, C, size, size]."""
     b, c, h, w = canvas.shape
     v = views.shape[1]
@@ -129,22 +136,27 @@ def _augment_alike(canvas: Tensor, sizes: Tensor, views: Tensor, size: int) -> T
     each = v * size * max(c * h, w, h, c * size) + c * h * w
     step = max(1, _MAX_ELEMENTS // each)
     parts = [
-        _augment_part(canvas[i : i + step], sizes[i : i + step], views[i : i + step], size)
+        _augment_part(
+            canvas[i : i + step], sizes[i : i + step], views[i : i + step], size, compiled
+        )
         for i in range(0, b, step)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _augment_part(canvas: Tensor, sizes: Tensor, views: Tensor, size: int) -> Tensor:
+def _augment_part(
+    canvas: Tensor, sizes: Tensor, views: Tensor, size: int, compiled: bool
+) -> Tensor:
     b, c = canvas.shape[:2]
     v = views.shape[1]
     table = views.transpose(0, 1).reshape(v * b, _COLUMNS).numpy()  # in the order of the crops
-    steps = _steps(table, colour=c == 3)
+    steps = [] if compiled else _steps(table, colour=c == 3)
     numbers = _send(
         [
             sizes.double().numpy(),
             views[..., _BOX].numpy(),
             views[..., _FLIP].numpy(),
+            *([table] if compiled else []),
             *(part for _, indices, strengths in steps for part in (indices, strengths)),
         ],
         canvas.device,
@@ -157,6 +169,9 @@ def _augment_part(canvas: Tensor, sizes: Tensor, views: Tensor, size: int) -> Te
         size,
     )
     flat = done.flatten(0, 1)
+    if compiled:
+        rows = numbers[3].view(v * b, _COLUMNS).float()
+        return _adjust_all_compiled()(flat, rows).view(done.shape)
     for (name, _, _), indices, strengths in zip(steps, numbers[3::2], numbers[4::2], strict=True):
         chosen = indices.long()
         strength = strengths.to(torch.float32).view(-1, 1, 1, 1)
@@ -186,6 +201,37 @@ def _steps(table: Numbers, *, colour: bool) -> list[tuple[str, Numbers, Numbers]
             indices = np.flatnonzero(chosen)
             steps.append((name, indices.astype(np.float64), strengths[indices]))
     return steps
+
+
+def adjust_all(crops: Tensor, rows: Tensor) -> Tensor:
+    """What `_steps` tells, in operations that all crops go through: shapes never change.
+
+    Args:
+        crops: float32 [n, C, H, W], whole numbers from 0 to 255.
+        rows: float32 [n, 16], the views' tables.
+
+    Returns:
+        uint8 [n, C, H, W].
+    """
+    columns = rows[:, :, None, None, None].unbind(dim=1)
+    colour = crops.shape[1] == 3
+    jitter = [name for name in JITTER if colour or name not in ("saturation", "hue")]
+    for stage in range(_JITTER.start, _JITTER.stop):
+        strength, before = columns[stage - _JITTER.start + _STRENGTH.start], crops
+        for name in jitter:
+            done = OPERATIONS[name](before, strength)
+            crops = torch.where(columns[stage] == 1 + JITTER.index(name), done, crops)
+    if colour:
+        crops = torch.where(columns[_GREY] > 0, OPERATIONS["grey"](crops, crops), crops)
+    blurred = OPERATIONS["blur"](crops, columns[_BLUR])
+    crops = torch.where(columns[_BLUR] > 0, blurred, crops)
+    solarized = OPERATIONS["solarize"](crops, crops)
+    return torch.where(columns[_SOLARIZE] > 0, solarized, crops).to(torch.uint8)
+
+
+@cache
+def _adjust_all_compiled() -> Callable[[Tensor, Tensor], Tensor]:
+    return torch.compile(adjust_all, dynamic=False)
 
 
 def _send(arrays: Sequence[Numbers], device: torch.device) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Student, teacher, projection head and the exponential moving average between them."""
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -95,14 +95,14 @@ class Network(nn.Module):
 
         Neighbouring crops of one size are one batch for the backbone.
         """
-        groups: list[list[Tensor]] = []
-        for crop in crops:
-            if groups and groups[-1][0].shape[-2:] == crop.shape[-2:]:
-                groups[-1].append(crop)
-            else:
-                groups.append([crop])
-        outputs: Tensor = self.head(self.backbone.forward_cls([torch.cat(g) for g in groups]))
+        batches = [torch.cat(group) for group in by_size(crops)]
+        outputs: Tensor = self.head(self.backbone.forward_cls(batches))
         return outputs
+
+
+def by_size(crops: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Crops, each [B, C, H, W] -> neighbouring ones of one size together."""
+    return [list(group) for _, group in groupby(crops, key=lambda crop: crop.shape[-2:])]
 
 
 def make_teacher(student: Network, teacher: Network) -> Network:
@@ -117,15 +117,19 @@ def make_teacher(student: Network, teacher: Network) -> Network:
 
 
 @torch.no_grad()
-def update_teacher(teacher: Network, student: Network, momentum: float) -> None:
+def update_teacher(teacher: Network, student: Network, momentum: float | Tensor) -> None:
     """theta_t <- momentum * theta_t + (1 - momentum) * theta_s, parameters only, not buffers.
 
-    A momentum of 0 copies the student.
+    A momentum of 0 copies the student; a scalar on the device is read there.
     """
     theirs = dict(student.named_parameters())
     pairs = [(local(t), local(theirs[name])) for name, t in teacher.named_parameters()]
     ours, students = (list(part) for part in zip(*pairs, strict=True))
-    if momentum == 0.0:
+    if isinstance(momentum, Tensor):
+        moves = torch._foreach_sub(students, ours)
+        torch._foreach_mul_(moves, 1.0 - momentum)
+        torch._foreach_add_(ours, moves)
+    elif momentum == 0.0:
         torch._foreach_copy_(ours, students)
     else:
         torch._foreach_lerp_(ours, students, 1.0 - momentum)

@@ -73,7 +73,9 @@ class DinoLoss(nn.Module):
         self.register_buffer("center", torch.zeros(1, out_dim))
         self._means: list[Reduction] = []
 
-    def forward(self, student: Tensor, teacher: Tensor, teacher_temperature: float) -> LossTerms:
+    def forward(
+        self, student: Tensor, teacher: Tensor, teacher_temperature: float | Tensor
+    ) -> LossTerms:
         """Compares each student crop with each teacher crop but its own.
 
         Args:
@@ -98,7 +100,7 @@ class DinoLoss(nn.Module):
         return LossTerms(loss, entropy, loss.detach() - entropy, same.float().mean())
 
     @torch.no_grad()
-    def targets(self, g_t: Tensor, teacher_temperature: float) -> tuple[Tensor, Tensor]:
+    def targets(self, g_t: Tensor, teacher_temperature: float | Tensor) -> tuple[Tensor, Tensor]:
         """P_t of the teacher's outputs [2, B, K], float32, and its mean entropy."""
         center = self.center if self.centering else torch.zeros_like(self.center)
         flat = g_t.flatten(0, 1)

@@ -46,17 +46,34 @@ def make_optimizer(name: str, network: nn.Module) -> torch.optim.Optimizer:
     raise ValueError(f"optimizer {name!r} is not one of adamw, sgd, lars")
 
 
-def set_rates(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float) -> None:
-    """Sets this step's learning rate everywhere, its weight decay in the first group alone."""
+def take_step(
+    optimizer: torch.optim.Optimizer,
+    skipped: Tensor,
+    *,
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+) -> None:
+    """One update with this step's rates; weight decay is the first group's alone.
+
+    Args:
+        skipped: where this scalar on the device is above 0, nothing changes.
+        lr, weight_decay: both numbers, or both scalars on the device (AdamW alone), whose values a
+            captured step reads anew each time.
+    """
+    optimizer.grad_scale = None  # type: ignore[attr-defined]
+    optimizer.found_inf = skipped  # type: ignore[attr-defined]
+    decayed = optimizer.param_groups[0]
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.param_groups[0]["weight_decay"] = weight_decay
-
-
-def skip_if(optimizer: torch.optim.Optimizer, found_inf: Tensor) -> None:
-    """Lets the next `step` change nothing where the scalar `found_inf` is above 0."""
-    optimizer.grad_scale = None  # type: ignore[attr-defined]
-    optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+    if isinstance(lr, Tensor):
+        # AdamW's kernel takes the rate from the device, but not the decay: it is done before.
+        weights = [each for each in decayed["params"] if each.grad is not None]
+        factor = torch.where(skipped > 0, 1.0, 1.0 - lr * weight_decay)
+        with torch.no_grad():
+            torch._foreach_mul_(weights, factor)
+        weight_decay = 0.0
+    decayed["weight_decay"] = weight_decay
+    optimizer.step()
 
 
 class Lars(torch.optim.Optimizer):

@@ -9,8 +9,8 @@ Run the same command again to go on from the last snapshot in `run_dir`.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from training import data, resume, snapshot
 from training.bad_pictures import BadPictures
+from training.captured import CapturedStep, can_capture
 from training.collapse import CollapseAlarm
 from training.config import ConfigError, Recipe, load_recipe, recipe_to_dict
 from training.dino import clip_each_gradient, drop_last_layer_gradient, update_teacher
@@ -31,11 +32,11 @@ from training.environment import write_environment
 from training.initial import load_initial
 from training.loss import TEACHER_CROPS, DinoLoss, LossTerms
 from training.monitors import Monitor, TrainingDiverged
-from training.optimizers import set_rates, skip_if
+from training.optimizers import take_step
 from training.pictures_on_device import PicturesOnDevice
 from training.plan import Plan
 from training.precision import attention_kernel, autocast, precision_name
-from training.schedules import cosine, linear_warmup
+from training.rates import Rates, rates_at
 from training.signals import StopRequest
 from training.skipped import IN_A_ROW, IN_A_ROW_FP16, SkippedSteps
 from training.sources import DataError
@@ -127,6 +128,9 @@ def pretrain(recipe: Recipe, here: World) -> int:
         source, plan, recipe.data, recipe.crops, start=start, stop=stop, device=here.device
     )
     monitor = make_monitor(recipe, here, plan, start=start, stop=stop)
+    step_of: Callable[..., StepResult] = partial(train_step, training)
+    if can_capture(recipe, here):
+        step_of = CapturedStep(training, step_of)
     with StopRequest() as request, monitor:
         batches = iter(loader)
         for step in range(start, stop):
@@ -137,13 +141,15 @@ def pretrain(recipe: Recipe, here: World) -> int:
             for batch in loaded:
                 bad.saw(batch)
             crops = [
-                data.to_crops(batch, source, recipe.data, recipe.crops, here.device)
+                data.to_crops(
+                    batch, source, recipe.data, recipe.crops, here.device, compiled=recipe.compile
+                )
                 for batch in loaded
             ]
             # Drop paths, the only chance in a step, are drawn anew from it: resuming is exact.
             torch.manual_seed((recipe.seed * 1_000_003 + step) * here.size + here.rank)
             rates = rates_at(step, plan.steps_per_epoch, recipe, batch=plan.pictures_per_step)
-            result = train_step(training, crops, rates, ends_epoch=ends_epoch)
+            result = step_of(crops, rates, ends_epoch=ends_epoch)
 
             skipped.saw(step, result.skipped, [n for batch in loaded for n in batch.names])
             counts = {"skipped_steps": skipped.count, "bad_pictures": bad.count}
@@ -245,51 +251,6 @@ def dry_run(recipe: Recipe, here: World) -> None:
     print(f"a batch of crops: {run_dir / 'crops.png'}")
 
 
-@dataclass(frozen=True)
-class Rates:
-    """What the schedules say for one step; see `rates_at`."""
-
-    lr: float
-    weight_decay: float
-    teacher_momentum: float
-    teacher_temperature: float
-    last_layer_frozen: bool
-
-    def logged(self) -> dict[str, float]:
-        """The rates that a log shows."""
-        return {k: v for k, v in asdict(self).items() if k != "last_layer_frozen"}
-
-
-def rates_at(step: int, steps_per_epoch: int, recipe: Recipe, *, batch: int) -> Rates:
-    """The rates of a step; the learning rate is scaled linearly with the whole `batch` / 256."""
-    optimizer, loss = recipe.optimizer, recipe.loss
-    total = recipe.epochs * steps_per_epoch
-    epoch = step // steps_per_epoch
-    return Rates(
-        lr=cosine(
-            step,
-            base=optimizer.lr * batch / 256,
-            final=optimizer.min_lr,
-            total_steps=total,
-            warmup_steps=round(optimizer.warmup_epochs * steps_per_epoch),
-        ),
-        weight_decay=cosine(
-            step,
-            base=optimizer.weight_decay,
-            final=optimizer.weight_decay_end,
-            total_steps=total,
-        ),
-        teacher_momentum=cosine(step, base=recipe.teacher.momentum, final=1.0, total_steps=total),
-        teacher_temperature=linear_warmup(
-            epoch,
-            start=loss.warmup_teacher_temperature,
-            end=loss.teacher_temperature,
-            warmup_epochs=loss.warmup_teacher_epochs,
-        ),
-        last_layer_frozen=epoch < optimizer.freeze_last_layer_epochs,
-    )
-
-
 class StepResult(NamedTuple):
     """What a step found, all scalars on the device.
 
@@ -327,7 +288,6 @@ def train_step(
     student, teacher, optimizer = training.student, training.teacher, training.optimizer
     statistics = [b for n in (student, teacher) for b in n.buffers() if b.is_floating_point()]
     before = [b.clone() for b in statistics]  # of BatchNorm; ViTs have none
-    set_rates(optimizer, lr=rates.lr, weight_decay=rates.weight_decay)
     optimizer.zero_grad()
     terms: list[LossTerms] = []
     for i, crops in enumerate(batches):
@@ -353,8 +313,7 @@ def train_step(
         drop_last_layer_gradient(student)
     if training.teacher_kind == "previous_iteration":
         update_teacher(teacher, student, 0.0)
-    skip_if(optimizer, skipped)
-    optimizer.step()
+    take_step(optimizer, skipped, lr=rates.lr, weight_decay=rates.weight_decay)
     if scale is not None:
         scale.update(skipped)
     if training.teacher_kind == "ema":

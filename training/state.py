@@ -200,6 +200,7 @@ _MAY_CHANGE = frozenset(
     {
         "checkpoint_blocks",
         "compile",
+        "cuda_graph",
         "data.augment",
         "data.on_device",
         "data.workers",

@@ -20,7 +20,8 @@ from training.dino import Network, ProjectionHead, make_teacher
 from training.distributed import World, all_reduce_mean, world
 from training.loss import DinoLoss
 from training.optimizers import make_optimizer
-from training.pretrain import rates_at, train_step
+from training.pretrain import train_step
+from training.rates import rates_at
 from training.sharding import shard, whole
 from training.state import Training
 

@@ -15,6 +15,7 @@ from training.decoding import decode, to_array
 from training.device_augmentations import (
     Drawn,
     DrawnBatch,
+    adjust_all,
     augment,
     collate_drawn,
     draw_encoded,
@@ -139,16 +140,32 @@ def test_what_does_not_belong_together_is_refused() -> None:
             augment(*wrong, CROPS)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_operation_on_all_crops_gives_the_same(
+    channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is compiled on a GPU, here as it stands: equal to the last bit."""
+    mode = {1: "L", 3: "RGB"}[channels]
+    batch = batch_of([picture(i, (50 + i, 40)).convert(mode) for i in range(24)], CROPS)
+    monkeypatch.setattr(device_augmentations, "_adjust_all_compiled", lambda: adjust_all)
+    expected, found = augment(*batch, CROPS), augment(*batch, CROPS, compiled=True)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == torch.uint8
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_cuda_gives_what_the_cpu_gives_and_is_never_waited_for() -> None:
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_cuda_gives_what_the_cpu_gives_and_is_never_waited_for(compiled: bool) -> None:
     batch = batch_of([noise(i, 60 + i, 50) for i in range(16)], CROPS)
     expected = augment(*batch, CROPS)
     canvas = batch.canvas.cuda()
-    augment(canvas, batch.sizes, batch.views, CROPS)
+    augment(canvas, batch.sizes, batch.views, CROPS, compiled=compiled)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = augment(canvas, batch.sizes, batch.views, CROPS)
+        found = augment(canvas, batch.sizes, batch.views, CROPS, compiled=compiled)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for ours, theirs in zip(found, expected, strict=True):

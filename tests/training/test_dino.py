@@ -1,4 +1,5 @@
 import math
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -8,8 +9,9 @@ from torch import Tensor, nn
 from tests.training.conftest import CPU, RATES, TINY_RECIPE
 from training.config import recipe_from_dict
 from training.dino import clip_each_gradient, drop_last_layer_gradient, update_teacher
-from training.optimizers import make_optimizer, parameter_groups, set_rates
-from training.pretrain import rates_at, train_step
+from training.optimizers import make_optimizer, parameter_groups, take_step
+from training.pretrain import train_step
+from training.rates import rates_at
 from training.state import Training, make_training
 from training.weight_norm import WeightNormLinear
 
@@ -148,13 +150,12 @@ def test_what_decay_alone_does(training: Training, name: str) -> None:
     """Without a gradient, decay shrinks weights and leaves biases and norms as they are."""
     student = training.student
     optimizer = make_optimizer(name, student)
-    set_rates(optimizer, lr=0.1, weight_decay=0.5)
     with torch.no_grad():
         student.backbone.norm.bias.fill_(1.0)
     for parameter in student.parameters():
         parameter.grad = torch.zeros_like(parameter)
     before = copy_of(student)
-    optimizer.step()
+    take_step(optimizer, torch.zeros(()), lr=0.1, weight_decay=0.5)
     after = copy_of(student)
     for fixed in ("backbone.norm.weight", "backbone.norm.bias"):
         assert torch.equal(after[fixed], before[fixed])
@@ -167,9 +168,31 @@ def test_what_decay_alone_does(training: Training, name: str) -> None:
 
 
 def test_rates_are_set_for_the_right_groups(training: Training) -> None:
-    set_rates(training.optimizer, lr=0.3, weight_decay=0.2)
+    take_step(training.optimizer, torch.zeros(()), lr=0.3, weight_decay=0.2)
     assert [g["lr"] for g in training.optimizer.param_groups] == [0.3, 0.3]
     assert [g["weight_decay"] for g in training.optimizer.param_groups] == [0.2, 0.0]
+
+
+def test_rates_on_the_device_do_what_numbers_do(crops: list[Tensor]) -> None:
+    """A captured step has them there; a skipped one decays nothing, either."""
+    numbers = {k: v for k, v in asdict(RATES).items() if k != "last_layer_frozen"}
+    on_device = replace(RATES, **{k: torch.tensor(v) for k, v in numbers.items()})
+    found = []
+    for rates in (RATES, on_device):
+        training = training_of()
+        for seed in range(3):
+            torch.manual_seed(seed)
+            train_step(training, [[torch.randn_like(crop) for crop in crops]], rates)
+        before = copy_of(training.student)
+        bad = [torch.full_like(crop, torch.nan) for crop in crops]
+        assert train_step(training, [bad], rates).skipped == 1.0
+        for name, weight in copy_of(training.student).items():
+            assert torch.equal(weight, before[name])
+        found.append({**before, **{f"t.{k}": v for k, v in copy_of(training.teacher).items()}})
+    for name, weight in found[0].items():
+        if name.endswith("qkv.bias"):  # AdamW makes the keys' of rounding noise
+            continue
+        torch.testing.assert_close(found[1][name], weight, rtol=1e-5, atol=1e-6)
 
 
 def test_bf16_is_near_fp32(crops: list[Tensor]) -> None:

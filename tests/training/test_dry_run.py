@@ -13,7 +13,7 @@ from training.augmentations import multi_crop, normalise
 from training.config import Recipe, recipe_from_dict
 from training.distributed import World
 from training.dry_run import crop_sheet, describe, schedule_table
-from training.pretrain import rates_at
+from training.rates import rates_at
 from training.state import Training, make_training
 
 SPE = 10  # steps an epoch

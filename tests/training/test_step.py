@@ -12,7 +12,8 @@ from tests.training.conftest import CPU, RATES, TINY_RECIPE
 from training.config import ConfigError, recipe_from_dict
 from training.monitors import TrainingDiverged
 from training.precision import LossScale, autocast_dtype
-from training.pretrain import Rates, train_step
+from training.pretrain import train_step
+from training.rates import Rates
 from training.skipped import SkippedSteps
 from training.state import Training, make_training
 

@@ -17,7 +17,8 @@ from training.config import Crops
 from training.dino import Network, ProjectionHead, make_teacher
 from training.loss import DinoLoss
 from training.optimizers import make_optimizer
-from training.pretrain import Rates, train_step
+from training.pretrain import train_step
+from training.rates import Rates
 from training.state import Training
 
 PICTURES = Path(__file__).parents[2] / "docs" / "pictures"
