@@ -301,7 +301,8 @@ def train_step(
             loss = found.loss / len(batches)
             with attention_kernel(crops[0].device, training.autocast):
                 (loss if scale is None else loss * scale.scale).backward()
-        terms.append(found)
+        # What is kept of a step must not keep its graph: a captured step would refuse to follow.
+        terms.append(LossTerms(*(each.detach() for each in found)))
 
     norm = clip_each_gradient(
         student.parameters(), training.clip_grad, None if scale is None else scale.scale

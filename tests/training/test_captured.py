@@ -72,14 +72,16 @@ def test_a_captured_step_is_the_same_step(precision: str, accumulation: int) -> 
         return training, losses
 
     (eager, expected), (graph, found) = run(False), run(True)
-    tolerance = 1e-5 if precision == "fp32" else 2e-3
+    tolerance = 1e-5 if precision == "fp32" else 3e-2
     assert found == pytest.approx(expected, rel=tolerance)
     torch.testing.assert_close(graph.loss.center, eager.loss.center, rtol=1e-2, atol=tolerance)
     for name in ("student", "teacher"):
         theirs = getattr(eager, name).state_dict()
         for key, value in getattr(graph, name).state_dict().items():
             if not key.endswith("qkv.bias"):  # AdamW makes the keys' of rounding noise
-                torch.testing.assert_close(value, theirs[key], rtol=1e-2, atol=20 * tolerance)
+                torch.testing.assert_close(
+                    value, theirs[key], rtol=1e-2, atol=2e-4 if precision == "fp32" else 2e-2
+                )
     groups = state_of(graph, step=14, recipe=recipe, scale={})["optimizer"]["param_groups"]
     assert [type(group["lr"]) for group in groups] == [float, float]
 

@@ -156,6 +156,8 @@ def test_every_operation_on_all_crops_gives_the_same(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_cuda_gives_what_the_cpu_gives_and_is_never_waited_for(compiled: bool) -> None:
     batch = batch_of([noise(i, 60 + i, 50) for i in range(16)], CROPS)
