@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -226,6 +226,22 @@ def test_another_recipe_is_refused_in_the_same_folder(
     assert str(run.run_dir) in said
     assert all(word in said for word in words)
     assert (run.run_dir / "recipe.json").read_text() == before
+
+
+def test_a_snapshot_from_before_a_setting_was_there_goes_on_with_its_default(run: Run) -> None:
+    recipe = load_recipe(run.recipe, run.arguments(run.run_dir)[1:])
+    here = World(0, 1, torch.device("cpu"))
+
+    def old() -> dict[str, Any]:
+        state: dict[str, Any] = final_state(run.run_dir)
+        del state["recipe"]["cuda_graph"], state["recipe"]["crops"]["blur"]
+        return state
+
+    state = old()
+    restore(make_training(recipe, here), state, recipe=recipe, scale=state["scale"])
+    changed = load_recipe(run.recipe, [*run.arguments(run.run_dir)[1:], "crops.blur=[0.1, 1.0]"])
+    with pytest.raises(snapshot.SnapshotError, match=r"crops\.blur was \[0\.1, 2\.0\] and is"):
+        restore(make_training(changed, here), old(), recipe=changed, scale=state["scale"])
 
 
 def test_another_number_of_pictures_is_refused(
