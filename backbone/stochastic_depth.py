@@ -4,7 +4,7 @@ Shapes as in `backbone.vit`: B pictures, T tokens each, of groups of pictures of
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeGuard
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,9 +32,9 @@ Branch = Choice | Factors | None
 Kept = tuple[Branch, Branch]
 """What stochastic depth leaves of a block's two branches; None is all.
 
-On a CPU the dropped pictures are left out of the computation. On a GPU that would cost more than it
-saves, for it moves every token twice more, and changing shapes cannot be compiled once: there
-they are computed and multiplied by 0. Which ones are dropped is the same.
+On a CPU the dropped pictures are left out of the computation. On a GPU they are computed and
+multiplied by 0: shapes that change could be neither compiled once nor captured as a graph, and
+leaving out moves every token twice more. Which ones are dropped is the same.
 """
 
 
@@ -73,11 +73,6 @@ def spread_factors(factors: Tensor, rates: Sequence[float], groups: Sequence[Gro
     made = iter(zip(tokens[..., None].unbind(), factors[..., None].unbind(), strict=True))
     branches = [Factors(*next(made)) if rate else None for rate in _twice(rates)]
     return list(zip(branches[::2], branches[1::2], strict=True))
-
-
-def is_choice(branch: Branch) -> TypeGuard[Choice]:
-    """Whether `branch` leaves pictures out."""
-    return isinstance(branch, Choice)
 
 
 def _choice(kept: Sequence[Tensor], groups: Sequence[Group]) -> Choice:

@@ -18,12 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 from backbone.stochastic_depth import (
     Branch,
+    Choice,
     Factors,
     Group,
     Kept,
     draw_choices,
     draw_factors,
-    is_choice,
     spread_factors,
 )
 
@@ -163,7 +163,8 @@ class VisionTransformer(nn.Module):
         for i, (block, drawn) in enumerate(zip(self.blocks, self._paths(groups), strict=True)):
             rest = (groups, drawn, "none", i == last)
             if self.recompute_blocks and torch.is_grad_enabled():
-                x, _ = checkpoint(block, x, *rest, use_reentrant=False)
+                # Blocks draw nothing: what they drop was drawn before.
+                x, _ = checkpoint(block, x, *rest, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, _ = block(x, *rest)
         cls: Tensor = self.norm(x)
@@ -264,14 +265,16 @@ class Block(nn.Module):
         With `cls_only` the CLS tokens alone come out, [sum of B, D], for the price of theirs.
         """
         first, second = kept
-        some, some_groups = (x[first.rows], first.groups) if is_choice(first) else (x, groups)
+        some, some_groups = (
+            (x[first.rows], first.groups) if isinstance(first, Choice) else (x, groups)
+        )
         if cls_only:
             y, weights = self.attn.forward_cls(self.norm1(some), some_groups), None
             x = torch.cat([part[:, 0] for part in _split(x, groups)])
         else:
             y, weights = self.attn(self.norm1(some), some_groups, attention)
         x = self._add(x, y, first, cls_only)
-        some = x[second.pictures if cls_only else second.rows] if is_choice(second) else x
+        some = x[second.pictures if cls_only else second.rows] if isinstance(second, Choice) else x
         return self._add(x, self.mlp(self.norm2(some)), second, cls_only), weights
 
     def _add(self, x: Tensor, y: Tensor, branch: Branch, cls_only: bool) -> Tensor:

@@ -109,7 +109,7 @@ class ModelCard(Answer):
     architecture: str = Field(description="network and patch size", examples=["vit_tiny/8"])
     fingerprint: str = Field(
         description="vectors of models with different fingerprints cannot be compared",
-        examples=["d6bd0ef01ba6d1b5"],
+        examples=["9799cc5f78fcdc8a"],
     )
     embedding_size: int = Field(description="of feature=cls", examples=[192])
     copy_embedding_size: int = Field(description="of feature=copy", examples=[384])

@@ -2,12 +2,12 @@
 
 A step of a small network takes the host longer to start, kernel by kernel, than the device to do
 (docs/benchmarks.md). What changes from step to step lies in tensors that keep their place: crops,
-rates, the choices of stochastic depth.
+rates, the choices of stochastic depth; and weights, optimizer states, centre and the head's rows,
+which are updated in place.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -69,64 +69,59 @@ class CapturedStep(Generic[T]):
             self._graph = self._capture(batches, rates)
         self._put(batches, rates)
         self._graph.replay()
+        for group in self._groups:  # for snapshots: the graph reads its own
+            group["lr"] = rates.lr
+        self._groups[0]["weight_decay"] = rates.weight_decay
         return self._result
 
-    def _capture(self, batches: Sequence[Sequence[Tensor]], rates: Rates) -> torch.cuda.CUDAGraph:
-        with torch.random.fork_rng(devices=[]):  # the step's own choices are yet to be drawn
-            return self._captured(batches, rates)
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return self._training.optimizer.param_groups
 
-    def _captured(self, batches: Sequence[Sequence[Tensor]], rates: Rates) -> torch.cuda.CUDAGraph:
-        self._crops = [[torch.empty_like(crop) for crop in crops] for crops in batches]
-        self._rates = torch.zeros(4, device=batches[0][0].device)
-        self._factors = [drawn.to(self._rates.device) for drawn in self._draw(batches)]
-        lr, decay, momentum, temperature = self._rates.unbind()
-        of_graph = replace(
-            rates,
-            lr=lr,
-            weight_decay=decay,
-            teacher_momentum=momentum,
-            teacher_temperature=temperature,
-        )
-        groups = self._training.optimizer.param_groups
-        before = [(group["lr"], group["weight_decay"], group["capturable"]) for group in groups]
-        self._training.optimizer.zero_grad()  # the graph's own gradients lie in its memory
-        self._put(batches, rates)  # real numbers, where a kernel is chosen by trying
+    def _capture(self, batches: Sequence[Sequence[Tensor]], rates: Rates) -> torch.cuda.CUDAGraph:
         backbone = self._training.student.backbone
-        if isinstance(backbone, VisionTransformer):
-            backbone.drawn = list(self._factors)
+        assert isinstance(backbone, VisionTransformer)
+        device = batches[0][0].device
+        self._crops = [[torch.empty_like(crop) for crop in crops] for crops in batches]
+        self._numbers = torch.zeros(4, dtype=torch.float64, device=device)
+        with torch.random.fork_rng(devices=[]):  # the step's own choices are yet to be drawn
+            self._factors = [drawn.to(device) for drawn in self._draw(batches)]
+            self._put(batches, rates)  # real numbers, where a kernel is chosen by trying
+        self._training.optimizer.zero_grad()  # the graph's own gradients lie in its memory
+        networks = (self._training.student, self._training.teacher)
+        last = [network.head.last_layer for network in networks]
+        self._rows = [layer and layer.rows for layer in last]  # must not go before the graph does
         graph = torch.cuda.CUDAGraph()
-        for group in groups:
+        before = [dict(group) for group in self._groups]
+        backbone.drawn = list(self._factors)
+        for group in self._groups:
             group["capturable"] = True
-        # Loaders' threads pin memory meanwhile, which "global" forbids.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._result = self._step(self._crops, of_graph)
-        for group, old in zip(groups, before, strict=True):
-            group["lr"], group["weight_decay"], group["capturable"] = old
+        try:
+            # Loaders' threads pin memory meanwhile, which "global" forbids.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._result = self._step(self._crops, rates.on_device(self._numbers))
+        finally:
+            backbone.drawn = []
+            for group, old in zip(self._groups, before, strict=True):
+                group.update({name: old[name] for name in ("lr", "weight_decay", "capturable")})
         return graph
 
     def _put(self, batches: Sequence[Sequence[Tensor]], rates: Rates) -> None:
         """Everything that a step depends on goes to where the graph reads it."""
-        numbers = [
-            rates.lr,
-            rates.weight_decay,
-            rates.teacher_momentum,
-            rates.teacher_temperature,
-        ]
-        self._rates.copy_(torch.tensor(numbers).pin_memory(), non_blocking=True)
+        self._numbers.copy_(rates.numbers().pin_memory(), non_blocking=True)
         for place, drawn in zip(self._factors, self._draw(batches), strict=True):
             place.copy_(drawn.pin_memory(), non_blocking=True)
         for places, crops in zip(self._crops, batches, strict=True):
             torch._foreach_copy_(places, list(crops))
 
     def _draw(self, batches: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-        """Stochastic depth's factors of the student's forwards, on the CPU."""
+        """Stochastic depth's factors of the student's forwards, on the CPU, in their order."""
         backbone = self._training.student.backbone
-        if not isinstance(backbone, VisionTransformer) or not any(backbone.drop_path_rates):
+        assert isinstance(backbone, VisionTransformer)
+        if not any(backbone.drop_path_rates):
             return []
-        return [
-            draw_factors(
-                backbone.drop_path_rates,
-                [(sum(len(crop) for crop in group), 0) for group in by_size(crops)],
-            )
-            for crops in batches
+        # How many tokens a picture has does not matter to what is drawn.
+        groups = [
+            [(sum(len(crop) for crop in group), 0) for group in by_size(crops)] for crops in batches
         ]
+        return [draw_factors(backbone.drop_path_rates, each) for each in groups]

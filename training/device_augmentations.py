@@ -141,22 +141,35 @@ def _augment_alike(
         )
         for i in range(0, b, step)
     ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    done = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    if not compiled:
+        return done
+    (numbers,) = _send([_table(views)], canvas.device)
+    rows = numbers.view(v * b, _COLUMNS).float()
+    # Parts of a size that depends on the crops alone: each other one would be compiled anew.
+    step = max(1, _MAX_ELEMENTS // (c * size * size))
+    pairs = zip(torch.split(done.flatten(0, 1), step), torch.split(rows, step), strict=True)
+    return torch.cat([_adjust_all_compiled()(*pair) for pair in pairs]).view(done.shape)
+
+
+def _table(views: Tensor) -> Numbers:
+    """Views [B, V, 16] in the order of their crops: [V * B, 16]."""
+    table: Numbers = views.transpose(0, 1).reshape(-1, _COLUMNS).numpy()
+    return table
 
 
 def _augment_part(
-    canvas: Tensor, sizes: Tensor, views: Tensor, size: int, compiled: bool
+    canvas: Tensor, sizes: Tensor, views: Tensor, size: int, only_resize: bool
 ) -> Tensor:
+    """uint8 crops [V, B, C, size, size]; with `only_resize` float32, and not yet adjusted."""
     b, c = canvas.shape[:2]
     v = views.shape[1]
-    table = views.transpose(0, 1).reshape(v * b, _COLUMNS).numpy()  # in the order of the crops
-    steps = [] if compiled else _steps(table, colour=c == 3)
+    steps = [] if only_resize else _steps(_table(views), colour=c == 3)
     numbers = _send(
         [
             sizes.double().numpy(),
             views[..., _BOX].numpy(),
             views[..., _FLIP].numpy(),
-            *([table] if compiled else []),
             *(part for _, indices, strengths in steps for part in (indices, strengths)),
         ],
         canvas.device,
@@ -168,10 +181,9 @@ def _augment_part(
         numbers[2].view(b, v) > 0,
         size,
     )
+    if only_resize:
+        return done
     flat = done.flatten(0, 1)
-    if compiled:
-        rows = numbers[3].view(v * b, _COLUMNS).float()
-        return _adjust_all_compiled()(flat, rows).view(done.shape)
     for (name, _, _), indices, strengths in zip(steps, numbers[3::2], numbers[4::2], strict=True):
         chosen = indices.long()
         strength = strengths.to(torch.float32).view(-1, 1, 1, 1)

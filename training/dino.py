@@ -127,7 +127,7 @@ def update_teacher(teacher: Network, student: Network, momentum: float | Tensor)
     ours, students = (list(part) for part in zip(*pairs, strict=True))
     if isinstance(momentum, Tensor):
         moves = torch._foreach_sub(students, ours)
-        torch._foreach_mul_(moves, 1.0 - momentum)
+        torch._foreach_mul_(moves, (1.0 - momentum).float())
         torch._foreach_add_(ours, moves)
     elif momentum == 0.0:
         torch._foreach_copy_(ours, students)

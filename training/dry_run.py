@@ -33,7 +33,7 @@ def describe(
     Args:
         recipe: what is described.
         here: the process that would run it; nothing is put on its device.
-        rates: step -> the schedules' values by name, such as `pretrain.Rates.logged()`.
+        rates: step -> the schedules' values by name, such as `rates.Rates.logged()`.
         pictures: in the data set.
         steps_per_epoch: optimizer steps.
 

@@ -66,11 +66,13 @@ def take_step(
     for group in optimizer.param_groups:
         group["lr"] = lr
     if isinstance(lr, Tensor):
-        # AdamW's kernel takes the rate from the device, but not the decay: it is done before.
+        if not isinstance(optimizer, torch.optim.AdamW):
+            raise TypeError(f"rates on the device are for AdamW, not {type(optimizer).__name__}")
+        # Its kernel takes the rate from the device, but not the decay: it is done before.
         weights = [each for each in decayed["params"] if each.grad is not None]
-        factor = torch.where(skipped > 0, 1.0, 1.0 - lr * weight_decay)
+        share = torch.where(skipped > 0, 0.0, (lr * weight_decay).float())
         with torch.no_grad():
-            torch._foreach_mul_(weights, factor)
+            torch._foreach_sub_(weights, torch._foreach_mul(weights, share))
         weight_decay = 0.0
     decayed["weight_decay"] = weight_decay
     optimizer.step()

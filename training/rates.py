@@ -1,7 +1,8 @@
 """What the schedules say for one step."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
+import torch
 from torch import Tensor
 
 from training.config import Recipe
@@ -24,6 +25,25 @@ class Rates:
     def logged(self) -> dict[str, float]:
         """The rates that a log shows."""
         return {k: float(v) for k, v in asdict(self).items() if k != "last_layer_frozen"}
+
+    def on_device(self, numbers: Tensor) -> "Rates":
+        """The same with scalars that are read from `numbers`, float64 [4], as `numbers` says.
+
+        In double precision: 1 - momentum comes close to 0 at the end of a run.
+        """
+        lr, weight_decay, momentum, temperature = numbers.unbind()
+        return replace(
+            self,
+            lr=lr.float(),
+            weight_decay=weight_decay,
+            teacher_momentum=momentum,
+            teacher_temperature=temperature.float(),
+        )
+
+    def numbers(self) -> Tensor:
+        """What `on_device` reads, on the CPU."""
+        found = (self.lr, self.weight_decay, self.teacher_momentum, self.teacher_temperature)
+        return torch.tensor(found, dtype=torch.float64)
 
 
 def rates_at(step: int, steps_per_epoch: int, recipe: Recipe, *, batch: int) -> Rates:

@@ -92,7 +92,7 @@ def make_training(recipe: Recipe, here: World, *, initial: bool = False) -> Trai
             backbone.fixed_shapes = True
         for network in (student, teacher):
             for part in getattr(network.backbone, "blocks", [network.backbone]):
-                part.compile()
+                part.compile(dynamic=False)
     parallel: nn.Module = student
     if here.size > 1 and _sharded(recipe):
         shard(student, here)
@@ -181,7 +181,14 @@ def restore(
         SnapshotError: it was made by another recipe, or at another scale.
     """
     # A snapshot of an older version lacks what recipes have learned since: defaults, then.
-    old = {**recipe_to_dict(recipe_from_dict(state["recipe"])), **state.get("scale", scale)}
+    try:
+        told = recipe_to_dict(recipe_from_dict(state["recipe"]))
+    except ConfigError as error:
+        raise snapshot.SnapshotError(
+            f"{recipe.run_dir} holds a run whose recipe this version does not know: {error}; "
+            "take another run_dir"
+        ) from error
+    old = {**told, **state.get("scale", scale)}
     free = _MAY_CHANGE - ({"data.workers"} if recipe.data.stream else set())
     if changed := _changed(old, {**recipe_to_dict(recipe), **scale}, free):
         raise snapshot.SnapshotError(

@@ -27,15 +27,15 @@ class WeightNormLinear(nn.Module):
         self.weight_v = nn.Parameter(torch.empty(out_features, in_features))
         bound = in_features**-0.5  # what nn.Linear starts from
         nn.init.uniform_(self.weight_v, -bound, bound)
-        self._rows: Tensor | None = None
+        self.rows: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in] -> [B, out]. A forward ends what an earlier one's backward needs."""
         kind = "cpu" if x.is_meta else x.device.type  # estimates of memory have no device
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        rows = self._rows
+        rows = self.rows
         if rows is None or rows.dtype != dtype or rows.device != x.device:
-            rows = self._rows = torch.empty(self.weight_v.shape, dtype=dtype, device=x.device)
+            rows = self.rows = torch.empty(self.weight_v.shape, dtype=dtype, device=x.device)
         out: Tensor = _WeightNormLinear.apply(x.to(dtype), self.weight_v, self.weight_g, rows)
         return out
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from backbone.architectures import VITS, Architecture
-from backbone.stochastic_depth import _choice
+from backbone.stochastic_depth import Choice, draw_choices, draw_factors
 from backbone.vit import VisionTransformer
 
 
@@ -157,8 +157,12 @@ def test_drop_path_is_the_textbooks() -> None:
 
 def test_drop_path_keeps_the_mean() -> None:
     rate, count = 0.25, 4000
-    drawn = [torch.rand(count) >= rate for _ in range(2)]
-    choice = _choice(drawn, [(count, 2), (count, 1)])
+    groups = [(count, 2), (count, 1)]
+    ((first, choice),) = draw_choices([rate], groups)
+    assert isinstance(first, Choice)
+    assert isinstance(choice, Choice)
+    assert not torch.equal(first.pictures, choice.pictures)  # each branch has its own
+    assert draw_factors([rate], groups).mean().item() == pytest.approx(1.0, abs=0.02)
     kept = [n for n, _ in choice.groups]
     assert sum(kept) / (2 * count) == pytest.approx(1 - rate, abs=0.02)
     assert len(choice.rows) == kept[0] * 2 + kept[1]

@@ -154,6 +154,23 @@ def test_every_operation_on_all_crops_gives_the_same(
         assert torch.equal(ours, theirs)
 
 
+def test_pictures_of_any_size_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large canvases are resized in parts; what is compiled sees the crops of a whole batch."""
+    shapes: set[torch.Size] = set()
+
+    def seen(crops: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        shapes.add(crops.shape)
+        return adjust_all(crops, rows)
+
+    monkeypatch.setattr(device_augmentations, "_adjust_all_compiled", lambda: seen)
+    monkeypatch.setattr(device_augmentations, "_MAX_ELEMENTS", 2**17)
+    for side in (20, 50, 130):
+        batch = batch_of([picture(i, (side + i, side)) for i in range(7)], CROPS)
+        expected, found = augment(*batch, CROPS), augment(*batch, CROPS, compiled=True)
+        assert all(map(torch.equal, found, expected))
+    assert shapes == {torch.Size([14, 3, 32, 32]), torch.Size([28, 3, 14, 14])}
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own

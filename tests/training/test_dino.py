@@ -1,5 +1,4 @@
 import math
-from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -175,10 +174,8 @@ def test_rates_are_set_for_the_right_groups(training: Training) -> None:
 
 def test_rates_on_the_device_do_what_numbers_do(crops: list[Tensor]) -> None:
     """A captured step has them there; a skipped one decays nothing, either."""
-    numbers = {k: v for k, v in asdict(RATES).items() if k != "last_layer_frozen"}
-    on_device = replace(RATES, **{k: torch.tensor(v) for k, v in numbers.items()})
     found = []
-    for rates in (RATES, on_device):
+    for rates in (RATES, RATES.on_device(RATES.numbers())):
         training = training_of()
         for seed in range(3):
             torch.manual_seed(seed)
@@ -192,7 +189,7 @@ def test_rates_on_the_device_do_what_numbers_do(crops: list[Tensor]) -> None:
     for name, weight in found[0].items():
         if name.endswith("qkv.bias"):  # AdamW makes the keys' of rounding noise
             continue
-        torch.testing.assert_close(found[1][name], weight, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found[1][name], weight, rtol=1e-4, atol=1e-5)
 
 
 def test_bf16_is_near_fp32(crops: list[Tensor]) -> None:
