@@ -50,6 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     try:
         train = sorted(options.data.glob("tiny-imagenet-train-*.tar.gz"))
+        val = options.data / "tiny-imagenet-val.tar.gz"
+        if not (train and val.exists()):
+            raise ValueError(
+                f"--data {options.data}: must be a folder with tiny-imagenet-train-*.tar.gz and "
+                f"{val.name}; it has {len(train)} of the former and "
+                f"{'the' if val.exists() else 'not the'} latter"
+            )
         overrides = [f"data.train={json.dumps([str(path) for path in train])}", *options.overrides]
         if options.run_dir is not None:
             overrides.append(f"run_dir={json.dumps(str(options.run_dir))}")
@@ -59,11 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 pretrain(recipe, here)
             if not here.is_main:
                 return 0
-            val = open_pictures([options.data / "tiny-imagenet-val.tar.gz"])
             make(
                 recipe,
                 open_pictures(train),
-                val,
+                open_pictures([val]),
                 options.out,
                 side=options.input,
                 device=here.device,
@@ -109,7 +115,7 @@ def measure(
     k: int,
     precision: str,
 ) -> dict[str, dict[str, float]]:
-    """k-NN of `val` against `bank`: the model, the same network untrained, and raw pixels."""
+    """k-NN of `val` against `bank` in percent: the model, the network untrained, and pixels."""
     torch.manual_seed(0)
     weights = artifact.architecture.build().state_dict()
     untrained = embedder(
@@ -123,9 +129,13 @@ def measure(
         "pixels": (pixels.centre_crop, lambda batch: {"cls": batch.flatten(1)}),
     }
     here, labelled = World(0, 1, device), train_and_val(bank, val)
-    return {
+    found = {
         name: knn.evaluate(*labelled, view, embed, ks=[k], here=here)["cls"][str(k)]
         for name, (view, embed) in methods.items()
+    }
+    return {
+        name: {score: round(value, 2) for score, value in figures.items()}
+        for name, figures in found.items()
     }
 
 

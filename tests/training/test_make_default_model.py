@@ -67,4 +67,5 @@ def test_one_command_makes_measures_and_places_the_model(
     assert "k-NN top-1" in capsys.readouterr().out
 
     assert main([*command[:1], "--data", str(tmp_path / "nowhere"), *command[3:]]) == 2
-    assert "data.train" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"--data {tmp_path / 'nowhere'}: must be a folder with tiny-imagenet-train-*" in told
