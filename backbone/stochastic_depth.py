@@ -61,7 +61,13 @@ def draw_factors(rates: Sequence[float], groups: Sequence[Group]) -> Tensor:
 
 
 def spread_factors(factors: Tensor, rates: Sequence[float], groups: Sequence[Group]) -> list[Kept]:
-    """What `draw_factors` gave, on the tokens' device -> each block's part, for all its tokens."""
+    """What `draw_factors` gave, on the tokens' device -> each block's `Factors`.
+
+    Args:
+        factors: float32 [branches that may drop, sum of B].
+        rates: the blocks', as they were drawn with.
+        groups: of the pictures that were drawn for, now with their tokens.
+    """
     by_group = torch.split(factors, [b for b, _ in groups], dim=1)
     tokens = torch.cat(
         [

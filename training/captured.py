@@ -58,7 +58,15 @@ class CapturedStep(Generic[T]):
     def __call__(
         self, batches: Sequence[Sequence[Tensor]], rates: Rates, *, ends_epoch: bool = False
     ) -> T:
-        """See `train_step`. What it returns is written over by the next step."""
+        """See `train_step`. What it returns is written over by the next step.
+
+        Args:
+            batches: as many as `accumulation`, each a list of crops [B, C, H, W] on the device.
+            rates: numbers; the graph gets them on the device.
+
+        Raises:
+            RuntimeError: the step cannot be captured here; `cuda_graph = false` does without.
+        """
         kind = (rates.last_layer_frozen, [[crop.shape for crop in crops] for crops in batches])
         if kind != self._kind:
             self._kind, self._warm, self._graph = kind, 0, None

@@ -59,6 +59,9 @@ def take_step(
         skipped: where this scalar on the device is above 0, nothing changes.
         lr, weight_decay: both numbers, or both scalars on the device (AdamW alone), whose values a
             captured step reads anew each time.
+
+    Raises:
+        TypeError: scalars on the device, and another optimizer.
     """
     optimizer.grad_scale = None  # type: ignore[attr-defined]
     optimizer.found_inf = skipped  # type: ignore[attr-defined]
