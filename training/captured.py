@@ -14,7 +14,7 @@ from torch import Tensor
 
 from backbone.stochastic_depth import draw_factors
 from backbone.vit import VisionTransformer
-from training.config import Recipe
+from training.config import ConfigError, Recipe
 from training.dino import by_size
 from training.distributed import World
 from training.rates import Rates
@@ -65,7 +65,7 @@ class CapturedStep(Generic[T]):
             rates: numbers; the graph gets them on the device.
 
         Raises:
-            RuntimeError: the step cannot be captured here; `cuda_graph = false` does without.
+            ConfigError: the step cannot be captured here; `cuda_graph = false` does without.
         """
         kind = (rates.last_layer_frozen, [[crop.shape for crop in crops] for crops in batches])
         if kind != self._kind:
@@ -108,6 +108,12 @@ class CapturedStep(Generic[T]):
             # Loaders' threads pin memory meanwhile, which "global" forbids.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._result = self._step(self._crops, rates.on_device(self._numbers))
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise ConfigError(
+                f"cuda_graph = true: this step cannot be captured ({reason}); take "
+                "cuda_graph = false"
+            ) from error
         finally:
             backbone.drawn = []
             for group, old in zip(self._groups, before, strict=True):

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from backbone.vit import VisionTransformer
 from tests.training.conftest import RATES, TINY_RECIPE
 from training.captured import CapturedStep, can_capture
-from training.config import Recipe, recipe_from_dict
+from training.config import ConfigError, Recipe, recipe_from_dict
 from training.distributed import World
 from training.pretrain import StepResult, train_step
 from training.rates import Rates
@@ -176,6 +177,36 @@ def test_the_graph_reads_what_every_step_puts_there(
     check_same(captured, plain, start, tolerance=1e-4)
     assert [graph.replays for graph in graphs_on_the_cpu] == [3, 5]  # frozen, and thawed
     assert backbone.drawn == []
+
+
+def test_a_step_that_cannot_be_captured_is_told_and_leaves_nothing_behind(
+    graphs_on_the_cpu: list[FakeGraph],
+) -> None:
+    recipe = recipe_of("fp32", 1)
+    here = World(0, 1, torch.device("cpu"))
+    training = make_training(recipe, here)
+    backbone = training.student.backbone
+    assert isinstance(backbone, VisionTransformer)
+    backbone.fixed_shapes = True
+
+    def step(batches: Any, rates: Rates, *, ends_epoch: bool = False) -> StepResult:
+        if graphs_on_the_cpu:
+            raise RuntimeError("CUDA error: operation not permitted\nfor details see")
+        return train_step(training, batches, rates)
+
+    one = CapturedStep[StepResult](training, step)
+    steps = steps_of(recipe, here.device, 4)
+    for _, batches, rates in islice(steps, 3):
+        one(batches, rates)
+    _, batches, rates = next(steps)
+    words = (
+        r"cuda_graph = true: .* \(CUDA error: operation not permitted\); take cuda_graph = false"
+    )
+    with pytest.raises(ConfigError, match=words):
+        one(batches, rates)
+    assert backbone.drawn == []
+    assert [type(group["lr"]) for group in training.optimizer.param_groups] == [float, float]
+    assert not any(group["capturable"] for group in training.optimizer.param_groups)
 
 
 @needs_cuda
