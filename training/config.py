@@ -267,8 +267,8 @@ class Recipe:
         strategy: how processes share the work: "ddp", "fsdp" (parameters in shards), or "auto":
             fsdp for vit_large, else ddp.
         compile: compiles each block, and the device's augmentation, with torch.compile.
-        cuda_graph: one GPU that trains a ViT with AdamW and a teacher by EMA takes each step as one CUDA
-            graph.
+        cuda_graph: one GPU that trains a ViT with AdamW and a teacher by EMA takes each step as
+            one CUDA graph.
         checkpoint_blocks: recomputes each block in the backward pass, for less memory.
         init_from: weights that a new run starts from: an artifact, a checkpoint, a known name or
             another run's folder; "" starts afresh.
