@@ -63,8 +63,8 @@ def take_step(
     Raises:
         TypeError: scalars on the device, and another optimizer.
     """
-    optimizer.grad_scale = None  # type: ignore[attr-defined]
-    optimizer.found_inf = skipped  # type: ignore[attr-defined]
+    flagged: Any = optimizer  # its class does not declare the two attributes that `step` looks for
+    flagged.grad_scale, flagged.found_inf = None, skipped
     decayed = optimizer.param_groups[0]
     for group in optimizer.param_groups:
         group["lr"] = lr
