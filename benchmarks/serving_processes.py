@@ -19,6 +19,7 @@ from backbone.pretrained import load_model
 from benchmarks.serving_clients import Target
 from index.collection import NewRecord
 from index.collection_set import CollectionSet
+from service.cores import BRIEF_WAITS
 
 ROOT = Path(__file__).parents[1]
 PATIENCE_S = 300.0
@@ -31,8 +32,7 @@ class _Process:
         self._process = subprocess.Popen(
             command,
             cwd=ROOT,
-            # As the service sets it for itself: spinning threads would slow each of them.
-            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **environment},
+            env={**BRIEF_WAITS, **os.environ, **environment},  # as the service has it by itself
             start_new_session=True,
             **options,
         )

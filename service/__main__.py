@@ -8,6 +8,7 @@ import sys
 
 import uvicorn
 
+from service import cores
 from service.logs import configure_logs
 from service.serving import Server
 from service.settings import ClientSettings, InvalidSettings, Settings, load_settings
@@ -29,9 +30,8 @@ def main() -> int:
         settings = load_settings()
     except InvalidSettings as error:
         return _fail(*error.complaints)
-    # The model's threads sleep while they wait for each other: by default they spin, and take the
-    # cores from the threads that decode and from other processes. Read by OpenMP when torch loads.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for name, value in cores.BRIEF_WAITS.items():  # read by OpenMP when torch loads
+        os.environ.setdefault(name, value)
     # A search takes less than Python's 5 ms, and so long it may wait for each turn beside a writer.
     sys.setswitchinterval(_SWITCH_S)
     from service.app import create_app

@@ -77,6 +77,8 @@ class Batcher(Generic[Item, Result]):
         self._lock = threading.Lock()
         self._turns = [threading.Condition(self._lock) for _ in range(threads)]
         self._idle: set[int] = set()  # threads that wait for their turn
+        self._lent: dict[int, Callable[[], None]] = {}  # what such a thread is to do first
+        self._away: set[int] = set()  # threads that are doing it, by their identifier
         self._closed = False
         self._threads = [
             threading.Thread(target=self._work, args=(i,), name=f"model_{i}", daemon=True)
@@ -182,6 +184,27 @@ class Batcher(Generic[Item, Result]):
 
         return over
 
+    def lend(self, work: Callable[[], None]) -> bool:
+        """Has `work`, which raises nothing, done by a thread of the model that is free.
+
+        What is put there is the same thread's next batch: a lone picture is decoded and embedded
+        in one, and nobody has to be woken in between.
+
+        Returns:
+            False where there are not several threads, or no core is free for one of them (the
+            work itself is expected already): it is for others to do then.
+        """
+        with self._lock:
+            # One thread alone may be a GPU's, which is not to wait while a picture is decoded.
+            several = len(self._threads) > 1 and not self._closed
+            if not several or not self._idle or self._waiting or self._free < 0:
+                return False
+            thread = min(self._idle)
+            self._idle.discard(thread)
+            self._lent[thread] = work
+            self._turns[thread].notify()
+            return True
+
     async def results(
         self, jobs: Sequence[Job[Item, Result]], *, deadline: float | None = None
     ) -> list[Result]:
@@ -244,10 +267,16 @@ class Batcher(Generic[Item, Result]):
         try:
             while True:
                 batch, at_once = self._next_batch(thread)
+                if work := self._lent.pop(thread, None):
+                    self._away.add(threading.get_ident())
+                    work()
+                    self._away.discard(threading.get_ident())
+                    del work  # what it holds is not held until there is more to do
+                    continue
                 if not batch:
                     return
                 self._serve(batch, at_once)
-                batch = []  # not held until there is another
+                batch = []  # see above
         except BaseException as error:
             # Not an error of the model's, those are caught: the process has to be told, and ends.
             _log.critical("a thread of the model ended", exc_info=error)
@@ -263,7 +292,10 @@ class Batcher(Generic[Item, Result]):
                     fail(job, BatcherClosed("a thread of the model has ended"))
 
     def _next_batch(self, thread: int) -> tuple[list[Job[Item, Result]], int]:
-        """The next batch, empty once all is closed and drained, and how many there are at once."""
+        """The next batch, and how many share the cores.
+
+        Empty where the thread was lent meanwhile, and once all is closed and drained.
+        """
         with self._lock:
             self._running.pop(thread, None)
             while True:
@@ -273,15 +305,28 @@ class Batcher(Generic[Item, Result]):
                     self._idle.add(thread)
                     self._turns[thread].wait()
                     self._idle.discard(thread)
+                    if thread in self._lent:
+                        return [], 0
                 self._limit.grow_again()
-                batch, others = self._take(), self._free - 1
+                batch = self._take()
                 if batch:
                     now = time.monotonic()
                     for job in batch:
                         job.started = now
                     self._running[thread] = now
                     self._wake()
-                    return batch, len(self._running) + max(0, min(others, len(self._waiting)))
+                    return batch, self._at_once(thread)
+
+    def _at_once(self, thread: int) -> int:
+        """How many share the cores with this thread's batch, itself among them.
+
+        Torch keeps a team of threads for each that ever had several cores, and those of two teams
+        are more than the cores, so that none of them waits for work awake: the first alone has one.
+        """
+        running = len(self._running)
+        if not self._limit.is_lowered:
+            running += min(len(self._threads) - running, len(self._waiting) + self._expected)
+        return running if thread == 0 else max(2, running)
 
     def _take(self) -> list[Job[Item, Result]]:
         """Out of the queue: the oldest of one kind, no more than this thread's share of them."""
@@ -319,8 +364,11 @@ class Batcher(Generic[Item, Result]):
         return self._free > 0 or len(self._waiting) >= enough or self._closed
 
     def _wake(self) -> None:
-        """The first of those that wait: torch keeps a team for each that ever had several cores."""
-        if self._idle and self._has_work():
+        """The first of those that wait, which may have all cores; see `_at_once`.
+
+        None where the caller is one that was lent: it looks for work itself next.
+        """
+        if self._idle and self._has_work() and threading.get_ident() not in self._away:
             self._turns[min(self._idle)].notify()
 
     def _close(self) -> None:

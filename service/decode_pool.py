@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 from service import deadlines, measurements
@@ -66,6 +67,30 @@ class DecodePool:
             QueueFull: there is no place for it.
             WaitedTooLong, DeadlineExceeded: the request's deadline came first.
         """
+        asked = time.monotonic()
+        running = self.start(work, held_bytes=held_bytes)
+        async with deadlines.before(
+            measurements.current().deadline,
+            has_begun=lambda: not running.cancel(),
+            retry_after_s=lambda: deadlines.retry_after(time.monotonic() - asked),
+        ):
+            return await asyncio.wrap_future(running)
+
+    def start(
+        self,
+        work: Callable[[], T],
+        *,
+        held_bytes: int = 0,
+        lend: Callable[[Callable[[], None]], bool] = lambda _: False,
+    ) -> "Future[T]":
+        """As `run`, whatever the deadline; who gives up waiting cancels what is returned.
+
+        Args:
+            lend: may have the work done by a thread of its own, and then gives True.
+
+        Raises:
+            QueueFull: there is no place for it.
+        """
         self._take_place(held_bytes)
 
         def free(_: "Future[T]") -> None:
@@ -86,19 +111,16 @@ class DecodePool:
                 request.add_phase("decode", started, ended)
                 self._observe(ended - started)
 
+        running = Future[T]()
         try:
-            running = self._executor.submit(timed)
+            if not lend(partial(_do, timed, running)):
+                running = self._executor.submit(timed)
         except BaseException:
-            free(Future())
+            free(running)
             raise
         # Not when the caller leaves: work that has started holds its picture until it ends.
         running.add_done_callback(free)
-        async with deadlines.before(
-            request.deadline,
-            has_begun=lambda: not running.cancel(),
-            retry_after_s=lambda: deadlines.retry_after(time.monotonic() - asked),
-        ):
-            return await asyncio.wrap_future(running)
+        return running
 
     def close(self) -> None:
         """Finishes what waits, then ends the threads."""
@@ -117,3 +139,15 @@ class DecodePool:
         raise QueueFull(
             f"the queue is full: {what} are waiting to be decoded", reason=reason, retry_after_s=1
         )
+
+
+def _do(work: Callable[[], T], done: "Future[T]") -> None:
+    """What a thread of the executor does with its work, for another one."""
+    if not done.set_running_or_notify_cancel():
+        return
+    try:
+        result = work()
+    except BaseException as error:
+        done.set_exception(error)  # as there, whatever it is: it belongs to who waits
+    else:
+        done.set_result(result)

@@ -161,7 +161,7 @@ def _resize(values: Maps, width: int, height: int) -> Maps:
     down, across = _bicubic(rows, height), _bicubic(columns, width)
     with torch_threads(1):
         found = down @ (torch.from_numpy(values.astype(np.float32)) @ across.T)
-    return found.clamp_(0.0, 1.0).numpy()
+        return found.clamp_(0.0, 1.0).numpy()
 
 
 @lru_cache(maxsize=64)

@@ -1,5 +1,6 @@
 """An item's way through the batcher's queue, and what becomes of it."""
 
+import asyncio
 import time
 from collections.abc import Hashable, Sequence
 from concurrent.futures import Future
@@ -70,6 +71,39 @@ def fail(job: Job[Item, Result], error: Exception) -> None:
     job.ended = time.monotonic()
     if not job.future.done():
         job.future.set_exception(error)
+
+
+async def result_of(putting: "Future[Sequence[Job[Item, Result]]]") -> Result:
+    """Waits for a thread that puts one job, and for its result; wakes the event loop once.
+
+    Raises:
+        Exception: what putting it raised, or the job's own error.
+    """
+    loop = asyncio.get_running_loop()
+    has_ended = loop.create_future()
+
+    def end() -> None:
+        if not has_ended.done():
+            has_ended.set_result(None)
+
+    def tell(_: object) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(end)
+
+    def was_put(putting: "Future[Sequence[Job[Item, Result]]]") -> None:
+        if putting.cancelled() or putting.exception() is not None:
+            tell(putting)
+            return
+        (job,) = putting.result()
+        job.future.add_done_callback(tell)
+
+    putting.add_done_callback(was_put)
+    try:
+        await has_ended
+    finally:
+        putting.cancel()  # where it has not begun
+    (job,) = putting.result()
+    return job.future.result()
 
 
 def note_times(jobs: Sequence[Job[Item, Result]]) -> None:

@@ -45,7 +45,8 @@ def find_models(settings: Settings, metrics: Metrics) -> Models:
     """
     check_device(settings.device)
     torch.set_num_threads(settings.torch_threads or min(torch.get_num_threads(), cores.available()))
-    threads = torch.get_num_threads()  # before any model: theirs change it
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of all but a model's: see `Batcher`
     shared = share(settings, metrics)
     found = []
     for given in (settings.model, *settings.models):

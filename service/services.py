@@ -72,12 +72,14 @@ def spaces_of(info: ModelInfo) -> dict[str, int]:
     return {"cls": info.embedding_size, "copy": info.copy_embedding_size}
 
 
-async def get_services(request: Request) -> Services:
-    """The services of the application that a request came to; it comes when they are there.
-
-    A coroutine, because FastAPI calls a plain function in a thread.
-    """
+def services_of(request: Request) -> Services:
+    """The services of the application that a request came to; it comes when they are there."""
     return cast(Services, request.app.state.lifecycle.services)
+
+
+async def get_services(request: Request) -> Services:
+    """As `services_of`; a coroutine, because FastAPI calls a plain function in a thread."""
+    return services_of(request)
 
 
 Served = Annotated[Services, Depends(get_services)]

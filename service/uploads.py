@@ -149,6 +149,17 @@ def is_json(request: Request) -> bool:
     return kind == "application/json" or kind.endswith("+json")
 
 
+def read_options(request: Request, model: type[Body]) -> Body:
+    """The query string as `model`; of a name that is there several times, the last value.
+
+    For routes that are asked most: FastAPI's `Query()` takes a fifth of a millisecond.
+
+    Raises:
+        RequestValidationError: it is not a `model`.
+    """
+    return _validated(dict(request.query_params), model, "query")
+
+
 async def read_json(request: Request, model: type[Body]) -> Body:
     """The body as `model`.
 
@@ -174,11 +185,15 @@ def _parse(content: bytes, model: type[Body]) -> Body:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body is not JSON: {error}", code="invalid_json") from error
+    return _validated(value, model, "body")
+
+
+def _validated(value: Any, model: type[Body], place: str) -> Body:
     try:
         return model.model_validate(value)
     except ValidationError as error:
         raise RequestValidationError(
-            [{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors()]
+            [{**fault, "loc": (place, *fault["loc"])} for fault in error.errors()]
         ) from error
 
 

@@ -1,5 +1,6 @@
 """Pictures in, vectors and maps out: decoding in threads, the model behind its batcher."""
 
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from typing import TypeVar
 from PIL import Image
 
 from backbone.pictures import Mode
-from service import images, measurements
+from service import deadlines, images, measurements
 from service.batcher import Batcher
 from service.deadlines import DeadlineExceeded, WaitedTooLong
 from service.decode_pool import DecodePool
@@ -22,7 +23,7 @@ from service.encoder import (
 )
 from service.errors import ImageError
 from service.fetching import Fetcher
-from service.jobs import Job
+from service.jobs import Job, note_times, result_of
 from service.memory import is_out_of_memory
 from service.metrics import Metrics
 from service.model_batches import batch_kind, enough_for, runner
@@ -214,28 +215,44 @@ class Vision:
 
     async def _compute(self, task: Task, read: ReadPicture) -> Array:
         key, request = self._key(task, read.content_hash), measurements.current()
+        batcher, asked = self.batcher, time.monotonic()
         jobs: list[Job[Array, Array]] = []
-        is_wanted, has_come = True, self.batcher.expect()
+        is_wanted, has_come = True, batcher.expect()
 
-        def work(read: ReadPicture) -> None:
+        def work(read: ReadPicture) -> list[Job[Array, Array]]:
             try:
                 prepared = self._decoded(read, _Wanted((task,))).inputs[task]
                 if is_wanted:
                     kind = batch_kind(task, prepared)
-                    jobs.extend(self.batcher.put(kind, [prepared], deadline=request.deadline))
+                    jobs.extend(batcher.put(kind, [prepared], deadline=request.deadline))
             finally:
                 has_come()
             if not is_wanted:  # by now
-                self.batcher.withdraw(jobs)
+                batcher.withdraw(jobs)
+            return jobs
+
+        def has_begun() -> bool:
+            return not putting.cancel() and all(job.started is not None for job in jobs)
+
+        def retry_after_s() -> int:
+            if jobs:
+                return batcher.retry_after_s()
+            return deadlines.retry_after(time.monotonic() - asked)
 
         try:
-            await self._pool.run(partial(work, read), held_bytes=len(read.content))
+            putting = self._pool.start(
+                partial(work, read), held_bytes=len(read.content), lend=batcher.lend
+            )
             del read
-            (result,) = await self.batcher.results(jobs, deadline=request.deadline)
+            async with deadlines.before(
+                request.deadline, has_begun=has_begun, retry_after_s=retry_after_s
+            ):
+                result = await result_of(putting)
         finally:
             is_wanted = False
             has_come()
-            self.batcher.withdraw(jobs)
+            batcher.withdraw(jobs)
+            note_times(jobs)
         self.cache.put(key, result)
         return result
 

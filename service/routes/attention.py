@@ -1,9 +1,9 @@
 """POST /v1/attention: maps of a picture's patches, as a picture or as numbers."""
 
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Request, Response
 from PIL import Image
 
 from service import heatmaps, patch_maps, uploads
@@ -15,7 +15,7 @@ from service.routes.embeddings import npy
 from service.routes.negotiation import NPY, preferred
 from service.routes.openapi import PICTURE_ERRORS, binary, picture_body
 from service.schemas import PICTURE_EXAMPLE
-from service.services import Served
+from service.services import services_of
 
 router = APIRouter(tags=["attention"])
 
@@ -51,13 +51,12 @@ _MEANINGLESS = {
             "heads": {"image": PICTURE_EXAMPLE, "head": "all", "block": -1, "threshold": 0.6},
             "likeness": {"image": PICTURE_EXAMPLE, "view": "similarity", "point": "0.5,0.5"},
         },
+        options=AttentionOptions,
     ),
 )
-async def attention(
-    request: Request, services: Served, query: Annotated[AttentionOptions, Query()]
-) -> Response:
+async def attention(request: Request) -> Response:
     """One picture, seen whole and in its own aspect ratio; drawn over it, or as numbers."""
-    options = query
+    services, options = services_of(request), uploads.read_options(request, AttentionOptions)
     if uploads.is_json(request):
         body = await uploads.read_json(request, AttentionRequest)
         options, picture = body, EncodedPicture(content=body.image, param="image")

@@ -3,11 +3,10 @@
 import base64
 import io
 from collections.abc import Sequence
-from typing import Annotated
 
 import anyio.to_thread
 import numpy as np
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Request, Response
 
 from service import uploads
 from service.encoder import Array, ModelInfo
@@ -16,7 +15,7 @@ from service.model_schemas import Embedding, EmbeddingAnswer, EmbeddingOptions, 
 from service.routes.negotiation import NPY, preferred
 from service.routes.openapi import PICTURE_ERRORS, binary, picture_body
 from service.schemas import PICTURE_EXAMPLE
-from service.services import Served
+from service.services import services_of
 
 router = APIRouter(tags=["embeddings"])
 
@@ -42,14 +41,13 @@ _QUICKLY_WRITTEN = 2**13  # numbers that the event loop may write itself
             "one": {"input": PICTURE_EXAMPLE},
             "several": {"input": [PICTURE_EXAMPLE, PICTURE_EXAMPLE], "feature": "last4"},
         },
+        options=EmbeddingOptions,
     ),
 )
-async def embed(
-    request: Request, services: Served, query: Annotated[EmbeddingOptions, Query()]
-) -> Response:
+async def embed(request: Request) -> Response:
     """One embedding for each picture, in order; all or none."""
+    services, options = services_of(request), uploads.read_options(request, EmbeddingOptions)
     most = services.settings.max_request_images
-    options = query
     if uploads.is_json(request):
         body = await uploads.read_json(request, EmbeddingRequest)
         pictures = uploads.pictures_of(body.input, max_pictures=most, param="input")

@@ -63,16 +63,19 @@ def picture_body(
     *,
     examples: Mapping[str, Any],
     fields: Mapping[str, Any] | None = None,
+    options: type[BaseModel] | None = None,
 ) -> dict[str, Any]:
     """`openapi_extra` for a route that takes `model` as JSON, or pictures as a form or raw.
 
     Args:
         examples: JSON bodies by name.
         fields: of the form, beside `image`.
+        options: what the route reads itself out of the query string (`uploads.read_options`).
     """
     image = {"type": "string", "format": "binary", "description": "a picture's file; repeatable"}
     form = {"image": image, **(fields or {})}
     return {
+        "parameters": [] if options is None else _in_query(options),
         "requestBody": {
             "required": True,
             "description": "The picture in JSON, as a form's file, or raw.",
@@ -83,7 +86,7 @@ def picture_body(
                 "image/*": binary("a picture's file"),
                 "application/json": {"schema": _schema(model), "examples": _named(examples)},
             },
-        }
+        },
     }
 
 
@@ -95,6 +98,17 @@ def json_body(model: type[BaseModel], *, examples: Mapping[str, Any]) -> dict[st
 
 def _named(examples: Mapping[str, Any]) -> dict[str, Any]:
     return {name: {"value": value} for name, value in examples.items()}
+
+
+def _in_query(options: type[BaseModel]) -> list[dict[str, Any]]:
+    """As FastAPI describes a model of `Query()`."""
+    parameters = []
+    for name, schema in _schema(options)["properties"].items():
+        if schema.get("default", ...) is None:
+            del schema["default"]
+        parameter = {"name": name, "in": "query", "required": False, "schema": schema}
+        parameters.append(parameter | {"description": schema["description"]})
+    return parameters
 
 
 def _schema(model: type[BaseModel]) -> Any:
