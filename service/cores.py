@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 BRIEF_WAITS = {
-    "GOMP_SPINCOUNT": "10000",  # GNU's OpenMP, which torch brings along: some .3 ms
-    "OMP_WAIT_POLICY": "ACTIVE",  # of its threads that are more than the cores: a tenth of that
+    "GOMP_SPINCOUNT": "5000",  # GNU's OpenMP, which torch brings along: a fraction of a millisecond
+    "OMP_WAIT_POLICY": "ACTIVE",  # if its threads are more than the cores: a fifth of that
     "KMP_BLOCKTIME": "0",  # Intel's and LLVM's, in milliseconds
 }
 """Environment that lets threads which share a product spin for a moment before they sleep.

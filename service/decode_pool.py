@@ -4,7 +4,7 @@ import asyncio
 import contextvars
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
@@ -121,6 +121,22 @@ class DecodePool:
         # Not when the caller leaves: work that has started holds its picture until it ends.
         running.add_done_callback(free)
         return running
+
+    def together(self, pieces: Sequence[Callable[[], T]]) -> list[T]:
+        """The results of all, in order: for work that is being done here, in pieces.
+
+        The calling thread does one after another; those of the pool that are free take some of
+        them, and none is waited for that has not begun.
+        """
+        others = [self._executor.submit(piece) for piece in pieces[1:]]
+        try:
+            found = [piece() for piece in pieces[:1]]
+            # From the last one backwards: the pool begins with the first.
+            late = {i: pieces[1 + i]() for i in reversed(range(len(others))) if others[i].cancel()}
+            return found + [late[i] if i in late else one.result() for i, one in enumerate(others)]
+        finally:
+            for other in others:
+                other.cancel()
 
     def close(self) -> None:
         """Finishes what waits, then ends the threads."""

@@ -4,7 +4,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Literal, get_args
 
 import matplotlib
@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from backbone.descriptors import mass_mask
 from service import png
 from service.errors import RequestError
+from service.png import Rows, Together, in_turn, rows_of
 from service.torch_threads import torch_threads
 
 Colormap = Literal["viridis", "inferno", "magma", "plasma", "cividis", "turbo", "jet", "gray"]
@@ -49,28 +50,47 @@ class Style:
     format: PictureFormat = "png"
 
 
-def draw(maps: Maps, picture: Image.Image, style: Style, *, labels: Sequence[str] = ()) -> bytes:
+def draw(
+    maps: Maps,
+    picture: Image.Image,
+    style: Style,
+    *,
+    labels: Sequence[str] = (),
+    together: Together = in_turn,
+) -> bytes:
     """Maps [A, h, w] over the picture, in its own aspect ratio; a grid where A > 1.
 
     Args:
         labels: for each map, what is written in its corner; none where empty.
+        together: does what can be done side by side.
 
     Raises:
         RequestError: a grid that is too large for the format.
     """
     background = _background(picture, style)
-    tiles = [_blend(background, _heat(one, background.size, style), style) for one in maps]
+    painted = [_over(background, _heat(one, background.size, style), style) for one in maps]
+    if len(maps) == 1 and not labels:
+        return _encoded(background.size, painted[0], style.format, together)
+    tiles = together([partial(rows, 0, background.height) for rows in painted])
     for tile, label in zip(tiles, labels, strict=False):
         _write(tile, label)
-    return _encoded(_sheet(tiles), style.format)
+    sheet = _sheet(tiles)
+    return _encoded(sheet.size, rows_of(sheet), style.format, together)
 
 
-def draw_components(components: Maps, picture: Image.Image, style: Style) -> bytes:
+def draw_components(
+    components: Maps, picture: Image.Image, style: Style, *, together: Together = in_turn
+) -> bytes:
     """Three maps [3, h, w] as red, green and blue, each from its least to its greatest value."""
     background = _background(picture, style)
-    channels = [_resize(stretched(one), *background.size) for one in components]
-    colours = (np.stack(channels, axis=-1) * 255.0).round().astype(np.uint8)
-    return _encoded(_blend(background, colours, style), style.format)
+    channels = [stretched(one) for one in components]
+
+    def colours(top: int, bottom: int) -> Image.Image:
+        found = [_resize(one, *background.size, top, bottom) for one in channels]
+        return Image.fromarray((np.stack(found, axis=-1) * 255.0).round().astype(np.uint8))
+
+    painted = _over(background, colours, style)
+    return _encoded(background.size, painted, style.format, together)
 
 
 def stretched(values: Maps) -> Maps:
@@ -87,19 +107,29 @@ def _background(picture: Image.Image, style: Style) -> Image.Image:
     return picture.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def _heat(attention: Maps, size: tuple[int, int], style: Style) -> Pixels:
-    heat = _resize(attention / max(float(attention.max()), 1e-12), *size)
-    heat *= _LEVELS
-    levels = np.minimum(heat, _LEVELS - 1, out=heat).astype(np.uint8)
-    coloured = Image.fromarray(levels)
-    coloured.putpalette(_palette(style.colormap))  # faster than matplotlib's call for each pixel
-    colours = np.asarray(coloured.convert("RGB"))
-    if style.threshold is None:
+def _heat(attention: Maps, size: tuple[int, int], style: Style) -> Rows:
+    values = attention / max(float(attention.max()), 1e-12) * np.float32(_LEVELS)
+    palette = _palette(style.colormap)
+    inside = None if style.threshold is None else _inside(attention, size, style.threshold)
+
+    def rows(top: int, bottom: int) -> Image.Image:
+        heat = _resize(values, *size, top, bottom, most=_LEVELS - 1)
+        coloured = Image.fromarray(heat.astype(np.uint8))
+        coloured.putpalette(palette)  # faster than matplotlib's call for each pixel
+        colours = coloured.convert("RGB")
+        if inside is not None:  # what is left out goes dark
+            kept = inside.crop((0, top, inside.width, bottom))
+            colours = Image.composite(colours, Image.new("RGB", colours.size), kept)
         return colours
-    mask = mass_mask(torch.tensor(attention.reshape(1, -1)), style.threshold)
+
+    return rows
+
+
+def _inside(attention: Maps, size: tuple[int, int], threshold: float) -> Image.Image:
+    """White where the patches are that hold the mass, else black."""
+    mask = mass_mask(torch.tensor(attention.reshape(1, -1)), threshold)
     kept = Image.fromarray(mask.numpy().reshape(attention.shape).astype(np.uint8) * 255)
-    inside = np.asarray(kept.resize(size, Image.Resampling.NEAREST)) > 0
-    return np.where(inside[..., None], colours, np.uint8(0))  # what is left out goes dark
+    return kept.resize(size, Image.Resampling.NEAREST)
 
 
 @cache
@@ -108,8 +138,9 @@ def _palette(colormap: Colormap) -> bytes:
     return table[:, :3].tobytes()
 
 
-def _blend(background: Image.Image, colours: Pixels, style: Style) -> Image.Image:
-    return Image.blend(background, Image.fromarray(colours), style.overlay)
+def _over(background: Image.Image, colours: Rows, style: Style) -> Rows:
+    below = rows_of(background)
+    return lambda top, bottom: Image.blend(below(top, bottom), colours(top, bottom), style.overlay)
 
 
 def _write(tile: Image.Image, label: str) -> None:
@@ -140,28 +171,39 @@ def _sheet(tiles: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def _encoded(sheet: Image.Image, kind: PictureFormat) -> bytes:
+def _encoded(size: tuple[int, int], rows: Rows, kind: PictureFormat, together: Together) -> bytes:
     if kind == "png":
-        return png.encode(sheet)
-    if max(sheet.size) > _WEBP_SIDE:
+        return png.encode(size, rows, together=together)
+    width, height = size
+    if max(size) > _WEBP_SIDE:
         raise RequestError(
-            f"size: all heads together are {sheet.width} x {sheet.height} pixels, and a side of a "
+            f"size: all heads together are {width} x {height} pixels, and a side of a "
             f"WebP has at most {_WEBP_SIDE}; ask for a smaller size, or for a PNG",
             code="picture_too_large",
             param="size",
         )
     buffer = io.BytesIO()
-    sheet.save(buffer, "WEBP", quality=_WEBP_QUALITY)
+    rows(0, height).save(buffer, "WEBP", quality=_WEBP_QUALITY)
     return buffer.getvalue()
 
 
-def _resize(values: Maps, width: int, height: int) -> Maps:
-    """Bicubic, as Pillow does it for floats, in a tenth of its time."""
+def _resize(
+    values: Maps,
+    width: int,
+    height: int,
+    top: int = 0,
+    bottom: int | None = None,
+    most: float = 1.0,
+) -> Maps:
+    """Rows of `values` at that size, from 0 to `most`: bicubic, as Pillow does it for floats.
+
+    In a tenth of its time.
+    """
     rows, columns = values.shape
     down, across = _bicubic(rows, height), _bicubic(columns, width)
     with torch_threads(1):
-        found = down @ (torch.from_numpy(values.astype(np.float32)) @ across.T)
-        return found.clamp_(0.0, 1.0).numpy()
+        found = down[top:bottom] @ (torch.from_numpy(values.astype(np.float32)) @ across.T)
+        return found.clamp_(0.0, most).numpy()
 
 
 @lru_cache(maxsize=64)

@@ -1,48 +1,113 @@
-"""RGB -> PNG, fast: one filter for all rows, and Intel's deflate.
+"""RGB -> PNG, fast: one filter for all rows, Intel's deflate, and bands made side by side.
 
 Pillow tries five filters on each row and compresses with zlib; that was most of the time of drawing
 a map (docs/benchmarks.md). The file format: https://www.w3.org/TR/png-3.
 """
 
 import struct
+import zlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from isal import isal_zlib
 from PIL import Image
 
+T = TypeVar("T")
+Rows = Callable[[int, int], Image.Image]
+"""The rows of a picture from one up to, and without, another one."""
+
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_DEFLATE = b"\x78\x01"  # what follows is compressed, with a window of 32 KiB, fast
 _UP = 2  # the filter: each byte less the one above it, modulo 256
 _LEVEL = 2
-_ROWS = 512  # at a time, so that a large picture is not held three times
+_WORTH_IT = 2**16  # pixels of a band, at least: fewer are sooner compressed than handed over
+_MOST_ROWS = 512  # of a band, so that a large picture is not held three times
+_ADLER = 65521  # the largest prime below 2^16
 
 
-def encode(picture: Image.Image) -> bytes:
+class Together(Protocol):
+    """Does pieces of work, if it can beside each other, and gives their results in order."""
+
+    def __call__(self, pieces: Sequence[Callable[[], T]]) -> list[T]:
+        """All of them."""
+
+
+def in_turn(pieces: Sequence[Callable[[], T]]) -> list[T]:
+    """`Together` in one thread."""
+    return [piece() for piece in pieces]
+
+
+def rows_of(picture: Image.Image) -> Rows:
+    """Those of a picture that is there as a whole."""
+    return lambda top, bottom: picture.crop((0, top, picture.width, bottom))
+
+
+def encode(size: tuple[int, int], rows: Rows, *, together: Together = in_turn) -> bytes:
     """A lossless PNG of 8 bits for each of red, green and blue.
 
+    Args:
+        size: width and height in pixels.
+        rows: makes a part of the picture, at any time and in any thread.
+        together: does what there is to do for each of its bands.
+
     Raises:
-        ValueError: a picture of another mode than RGB.
+        ValueError: rows of another mode than RGB.
     """
+    width, height = size
+    count = max(min(2, height, width * height // _WORTH_IT), -(-height // _MOST_ROWS))
+    edges = [height * i // count for i in range(count + 1)]
+    bands = together([partial(_band, rows, top, bottom, height) for top, bottom in pairwise(edges)])
+    adler = 1
+    for band in bands:
+        adler = _joined(adler, band.adler, band.length)
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB, not interlaced
+    parts = [
+        _SIGNATURE,
+        _chunk(b"IHDR", header),
+        _chunk(b"IDAT", _DEFLATE),
+        *(band.chunk for band in bands),
+        _chunk(b"IDAT", struct.pack(">I", adler)),
+        _chunk(b"IEND", b""),
+    ]
+    return b"".join(parts)
+
+
+class _Band(NamedTuple):
+    chunk: bytes
+    adler: int  # of the filtered rows
+    length: int  # of these, in bytes
+
+
+def _band(rows: Rows, top: int, bottom: int, height: int) -> _Band:
+    picture = rows(top, bottom)
     if picture.mode != "RGB":
         raise ValueError(f"the picture's mode is {picture.mode!r}, not 'RGB'")
-    width, height = picture.size
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB, not interlaced
-    compressor = isal_zlib.compressobj(_LEVEL)
-    compressed: list[bytes] = []
-    above = np.zeros(3 * width, np.uint8)
-    for start in range(0, height, _ROWS):
-        band = picture.crop((0, start, width, min(height, start + _ROWS)))
-        pixels = np.asarray(band).reshape(band.height, 3 * width)
-        rows = np.empty((band.height, 1 + 3 * width), np.uint8)
-        rows[:, 0] = _UP
-        np.subtract(pixels[0], above, out=rows[0, 1:])
-        np.subtract(pixels[1:], pixels[:-1], out=rows[1:, 1:])
-        compressed.append(compressor.compress(rows))
-        above = pixels[-1]
-    compressed.append(compressor.flush())
-    content = b"".join(compressed)
-    return b"".join(
-        (_SIGNATURE, _chunk(b"IHDR", header), _chunk(b"IDAT", content), _chunk(b"IEND", b""))
-    )
+    pixels = np.asarray(picture).reshape(picture.height, 3 * picture.width)
+    filtered = np.empty((pixels.shape[0], 1 + pixels.shape[1]), np.uint8)
+    filtered[:, 0] = _UP
+    filtered[0, 0] = 0  # no filter: the row above is another band's
+    filtered[0, 1:] = pixels[0]
+    np.subtract(pixels[1:], pixels[:-1], out=filtered[1:, 1:])
+    compressor = isal_zlib.compressobj(_LEVEL, wbits=-zlib.MAX_WBITS)
+    # What is flushed ends with a whole byte, so that the next band's can follow.
+    end = zlib.Z_FINISH if bottom == height else zlib.Z_FULL_FLUSH
+    content = compressor.compress(filtered) + compressor.flush(end)
+    return _Band(_chunk(b"IDAT", content), isal_zlib.adler32(filtered), filtered.size)
+
+
+def _joined(first: int, second: int, length: int) -> int:
+    """The Adler-32 of two stretches, of theirs and the second one's length in bytes.
+
+    Its low half is 1 and the sum of all bytes, its high half the sum of what the low half was after
+    each byte: that of the second stretch began as much higher as the first one's bytes are.
+    """
+    more = (first & 0xFFFF) - 1
+    low = ((second & 0xFFFF) + more) % _ADLER
+    high = ((first >> 16) + (second >> 16) + length * more) % _ADLER
+    return high << 16 | low
 
 
 def _chunk(name: bytes, content: bytes) -> bytes:

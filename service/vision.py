@@ -178,6 +178,10 @@ class Vision:
         """Draws or writes an answer in a decoding thread."""
         return await self._pool.run(work)
 
+    def together(self, pieces: Sequence[Callable[[], T]]) -> list[T]:
+        """Pieces of what `render` is doing; see `DecodePool.together`."""
+        return self._pool.together(pieces)
+
     def warm_up(self) -> None:
         """Runs each task, so that the first request finds everything loaded."""
         for task in self.info.tasks:
@@ -219,7 +223,7 @@ class Vision:
         jobs: list[Job[Array, Array]] = []
         is_wanted, has_come = True, batcher.expect()
 
-        def work(read: ReadPicture) -> list[Job[Array, Array]]:
+        def work(read: ReadPicture) -> Sequence[Job[Array, Array]]:
             try:
                 prepared = self._decoded(read, _Wanted((task,))).inputs[task]
                 if is_wanted:
