@@ -10,17 +10,15 @@ import asyncio
 import logging
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from typing import Generic, TypeVar
 
 from service import deadlines
 from service.batch_limit import BatchLimit
-from service.jobs import BatcherClosed, BatchFailed, BatchObserver, Job, QueueFull, fail, note_times
-from service.trouble import Trouble
+from service.batch_runs import BatchRuns
+from service.jobs import BatcherClosed, BatchObserver, Job, QueueFull, fail, note_times
 
-_WEIGHT_OF_NEW = 0.2  # of the last batch in the running mean of seconds per item
 _log = logging.getLogger("service")
 
 Item = TypeVar("Item")
@@ -60,20 +58,22 @@ class Batcher(Generic[Item, Result]):
         caution_s: float = 60.0,
         observer: BatchObserver | None = None,
     ) -> None:
-        self._run = run
+        self._runs = BatchRuns(
+            run,
+            is_out_of_memory=is_out_of_memory,
+            out_of_memory=self._out_of_memory,
+            under_way=lambda: len(self._running),
+            observer=observer,
+        )
         self._enough = enough
         self.max_waiting = max_waiting
         self.max_waiting_bytes = max_waiting_bytes
         self._size_of = size_of
-        self._is_out_of_memory = is_out_of_memory
-        self._observer = observer
         self._waiting: deque[Job[Item, Result]] = deque()
         self._waiting_bytes = 0
         self._expected = 0
         self._running: dict[int, float] = {}  # thread -> when its batch began
-        self._seconds_per_item = 0.0
         self._limit = BatchLimit(max_batch, caution_s=caution_s)
-        self._trouble = Trouble()
         self._lock = threading.Lock()
         self._turns = [threading.Condition(self._lock) for _ in range(threads)]
         self._idle: set[int] = set()  # threads that wait for their turn
@@ -122,11 +122,11 @@ class Batcher(Generic[Item, Result]):
     @property
     def trouble(self) -> str | None:
         """Why the model is of no use now: several batches failed in a row; None where it works."""
-        return self._trouble.told
+        return self._runs.trouble
 
     def retry_after_s(self) -> int:
         """When what waits now will be through, by the rate that was measured."""
-        return deadlines.retry_after(self.waiting * self._seconds_per_item)
+        return deadlines.retry_after(self.waiting * self._runs.seconds_per_item)
 
     async def submit(
         self, kind: Hashable, items: Sequence[Item], *, deadline: float | None = None
@@ -257,7 +257,7 @@ class Batcher(Generic[Item, Result]):
         if self.max_waiting_bytes is not None and n_bytes > self.max_waiting_bytes:
             message = f"the queue is full: {self.max_waiting_bytes} bytes may wait for the model"
             raise QueueFull(message, reason="queue_bytes", retry_after_s=self.retry_after_s())
-        wait_s = waiting * self._seconds_per_item
+        wait_s = waiting * self._runs.seconds_per_item
         if patience_s is not None and wait_s > patience_s:
             message = f"the queue is too long: about {wait_s:.1f} s, {patience_s:.1f} s are left"
             raise QueueFull(message, reason="deadline", retry_after_s=self.retry_after_s())
@@ -275,7 +275,7 @@ class Batcher(Generic[Item, Result]):
                     continue
                 if not batch:
                     return
-                self._serve(batch, at_once)
+                self._runs.serve(batch, at_once)
                 batch = []  # see above
         except BaseException as error:
             # Not an error of the model's, those are caught: the process has to be told, and ends.
@@ -376,72 +376,10 @@ class Batcher(Generic[Item, Result]):
         for turn in self._turns:
             turn.notify()
 
-    def _serve(self, batch: Sequence[Job[Item, Result]], at_once: int) -> None:
-        """Runs a batch; halves of what failed are tried in turn, while that may help."""
-        if self._observer is not None:
-            for job in batch:
-                self._observer.waited((job.started or job.queued) - job.queued)
-        failures, succeeded, last = 0, False, ""
-        # One bad item costs log2(n) + 1 failures. More than two such: it is not the items.
-        most = 0 if self.trouble else 2 * (len(batch).bit_length() + 1)
-        failed: list[tuple[Job[Item, Result], Exception]] = []
-        parts = [list(batch)]
-        while parts:
-            part = [job for job in parts.pop() if job.is_wanted]
-            if not part:
-                continue
-            error = self._attempt(part, at_once)
-            if error is None:
-                succeeded = True
-                continue
-            failures, last = failures + 1, self._note_failure(error, len(part))
-            if len(part) > 1 and failures <= most:
-                half = len(part) // 2
-                parts += [part[half:], part[:half]]
-                continue
-            failed += [(job, error) for job in part]
-        if failures and not succeeded:
-            self._trouble.failed(last, began=batch[0].started or 0.0)
-        for job, error in failed:
-            failure = BatchFailed("the model failed on this batch of pictures; try again")
-            failure.__cause__ = error
-            fail(job, failure)
-
-    def _attempt(self, part: Sequence[Job[Item, Result]], at_once: int) -> Exception | None:
-        """One call of the model; its error where it failed."""
-        started = time.monotonic()
-        try:
-            results = self._run(part[0].kind, [job.item for job in part], at_once)
-            if len(results) != len(part):
-                raise ValueError(f"the model gave {len(results)} results for {len(part)}")
-        except Exception as error:
-            # Whatever the model raised belongs to these items' requests, not to the thread.
-            _log.error("a batch of %d failed", len(part), exc_info=error)
-            # Its frames hold the batch's memory, and requests would hold the error.
-            traceback.clear_frames(error.__traceback__)
-            return error
-        self._trouble.worked()
-        ended = time.monotonic()
-        seconds = ended - started
-        if self._observer is not None:
-            self._observer.batch_done(part[0].kind, len(part), seconds)
-        new = seconds / len(part) / max(1, len(self._running))
-        old = self._seconds_per_item or new
-        self._seconds_per_item = old + _WEIGHT_OF_NEW * (new - old)
-        for job, result in zip(part, results, strict=True):
-            job.ended = ended
-            job.future.set_result(result)
-        return None
-
-    def _note_failure(self, error: Exception, size: int) -> str:
-        out_of_memory = self._is_out_of_memory(error)
-        if self._observer is not None:
-            self._observer.batch_failed(out_of_memory=out_of_memory)
-        if out_of_memory:
-            with self._lock:
-                self._limit.out_of_memory(size)
-            _log.warning("memory ran out: batches of at most %d for now", self._limit.now)
-        return "out of memory" if out_of_memory else type(error).__name__
+    def _out_of_memory(self, size: int) -> int:
+        with self._lock:
+            self._limit.out_of_memory(size)
+            return self._limit.now
 
 
 def _share(items: int, threads: int) -> int:

@@ -107,7 +107,8 @@ class Flights(Generic[Key, Result]):
             flight.waiters += 1
         try:
             # A waiter that is cancelled cancels its shield, not the work.
-            await asyncio.gather(*(asyncio.shield(flight.task) for flight in flights))
+            shields = [asyncio.shield(flight.task) for flight in flights]
+            await (shields[0] if len(shields) == 1 else asyncio.gather(*shields))
         finally:
             for flight in flights:
                 flight.waiters -= 1

@@ -1,8 +1,7 @@
 """Pictures in, vectors and maps out: decoding in threads, the model behind its batcher."""
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -261,22 +260,18 @@ class Vision:
         return result
 
     async def _read(self, picture: EncodedPicture) -> ReadPicture:
-        async with self._fetched(picture) as present:
-            if len(present.content) <= QUICKLY_HASHED:
-                return present.read(self.limits)
-            return await self._pool.run(
-                lambda: present.read(self.limits), held_bytes=len(present.content)
-            )
-
-    @asynccontextmanager
-    async def _fetched(self, picture: EncodedPicture) -> AsyncIterator[EncodedPicture]:
-        """The picture with its content where it came as a URL; to be read inside the block."""
         text = picture.content
         if self._fetcher is None or not isinstance(text, str) or not images.is_url(text):
-            yield picture
-            return
+            return await self._read_present(picture)
         async with self._fetcher.fetched(text, param=picture.param) as content:
-            yield replace(picture, content=content)
+            return await self._read_present(replace(picture, content=content))
+
+    async def _read_present(self, picture: EncodedPicture) -> ReadPicture:
+        if len(picture.content) <= QUICKLY_HASHED:
+            return picture.read(self.limits)
+        return await self._pool.run(
+            lambda: picture.read(self.limits), held_bytes=len(picture.content)
+        )
 
     async def _prepare(self, read: ReadPicture, wanted: "_Wanted") -> Prepared:
         key = read.content_hash, wanted

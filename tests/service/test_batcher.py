@@ -1,40 +1,16 @@
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from service.batcher import Batcher
 from service.jobs import BatcherClosed, BatchFailed, QueueFull
+from tests.service.batches import Model, batchers_of, start
 from tests.service.fakes import PATIENCE_S
 
 pytestmark = pytest.mark.anyio
-
-
-class Model:
-    """Records its batches, and waits at `gate` in each."""
-
-    def __init__(self) -> None:
-        self.batches: list[tuple[Hashable, list[int]]] = []
-        self.at_once: list[int] = []
-        self.threads: list[str] = []
-        self.gate = threading.Event()
-        self.gate.set()
-        self.entered = threading.Semaphore(0)
-
-    def run(self, kind: Hashable, items: Sequence[int], at_once: int) -> list[tuple[Hashable, int]]:
-        self.batches.append((kind, list(items)))
-        self.at_once.append(at_once)
-        self.threads.append(threading.current_thread().name)
-        self.entered.release()
-        assert self.gate.wait(PATIENCE_S)
-        if -1 in items:
-            raise RuntimeError("no")
-        return [(kind, item) for item in items if item != -2]
-
-    async def wait_until_busy(self) -> None:
-        assert await asyncio.to_thread(self.entered.acquire, timeout=PATIENCE_S)
 
 
 @pytest.fixture
@@ -44,27 +20,8 @@ def model() -> Model:
 
 @pytest.fixture
 def make(model: Model) -> Iterator[Callable[..., Batcher[int, Any]]]:
-    made: list[Batcher[int, Any]] = []
-
-    def batcher(
-        max_batch: int = 8, max_waiting: int = 100, threads: int = 1, enough: int = 1
-    ) -> Batcher[int, Any]:
-        limits = {"max_batch": max_batch, "max_waiting": max_waiting}
-        made.append(Batcher(model.run, **limits, threads=threads, enough=lambda _: enough))
-        return made[-1]
-
-    yield batcher
-    model.gate.set()
-    for one in made:
-        one.close()
-        assert not one.alive
-
-
-async def start(*work: Awaitable[Any]) -> list["asyncio.Task[Any]"]:
-    """Runs each up to its first wait: `submit` has its places then."""
-    tasks = [asyncio.ensure_future(one) for one in work]
-    await asyncio.sleep(0)
-    return tasks
+    with batchers_of(model) as make_one:
+        yield make_one
 
 
 async def test_a_lone_request_waits_for_nobody(make: Any, model: Model) -> None:
@@ -108,11 +65,30 @@ async def test_the_largest_batch_is_shared_as_well(
 
 
 async def test_a_lone_item_waits_for_nobody_who_is_expected(make: Any, model: Model) -> None:
-    batcher = make(threads=2, enough=3)
+    batcher = make(threads=3, enough=3)
+    assert await batcher.submit("a", [1]) == [("a", 1)]
+    batcher.expect()
+    assert await batcher.submit("a", [1]) == [("a", 1)]
     for _ in range(4):
         batcher.expect()
     assert await batcher.submit("a", [1]) == [("a", 1)]
-    assert model.at_once == [1]
+    assert model.at_once == [1, 2, 3]  # who is expected has a core of its own already
+
+
+async def test_the_first_thread_alone_has_all_cores(make: Any, model: Model) -> None:
+    batcher = make(threads=3)
+    model.gate.clear()
+    tasks = []
+    for i in range(2):
+        tasks += await start(batcher.submit("a", [i]))
+        await model.wait_until_busy()
+    batcher._running.pop(0)  # as if the first batch ended just when the next one begins
+    tasks += await start(batcher.submit("a", [2]))
+    await model.wait_until_busy()
+    model.gate.set()
+    await asyncio.gather(*tasks)
+    assert model.threads == ["model_0", "model_1", "model_2"]
+    assert model.at_once == [1, 2, 2]
 
 
 @pytest.mark.parametrize("event", ["enough", "came", "a free core", "free", "closed"])
