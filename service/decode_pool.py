@@ -4,7 +4,7 @@ import asyncio
 import contextvars
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
@@ -122,21 +122,15 @@ class DecodePool:
         running.add_done_callback(free)
         return running
 
-    def together(self, pieces: Sequence[Callable[[], T]]) -> list[T]:
-        """The results of all, in order: for work that is being done here, in pieces.
+    def beside(self, work: Callable[[], T]) -> Callable[[], T]:
+        """Has a part of what a thread here is doing done by another one that is free.
 
-        The calling thread does one after another; those of the pool that are free take some of
-        them, and none is waited for that has not begun.
+        Returns:
+            What gives the result. It is not waited for where nobody has begun: the calling thread
+            does the work then, so that a full queue holds up nothing.
         """
-        others = [self._executor.submit(piece) for piece in pieces[1:]]
-        try:
-            found = [piece() for piece in pieces[:1]]
-            # From the last one backwards: the pool begins with the first.
-            late = {i: pieces[1 + i]() for i in reversed(range(len(others))) if others[i].cancel()}
-            return found + [late[i] if i in late else one.result() for i, one in enumerate(others)]
-        finally:
-            for other in others:
-                other.cancel()
+        running = self._executor.submit(work)
+        return lambda: work() if running.cancel() else running.result()
 
     def close(self) -> None:
         """Finishes what waits, then ends the threads."""

@@ -1,4 +1,4 @@
-"""RGB -> PNG, fast: one filter for all rows, Intel's deflate, and bands made side by side.
+"""RGB -> PNG, fast: one filter for all rows, Intel's deflate, and two threads at once.
 
 Pillow tries five filters on each row and compresses with zlib; that was most of the time of drawing
 a map (docs/benchmarks.md). The file format: https://www.w3.org/TR/png-3.
@@ -6,16 +6,18 @@ a map (docs/benchmarks.md). The file format: https://www.w3.org/TR/png-3.
 
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from isal import isal_zlib
 from PIL import Image
 
 T = TypeVar("T")
+Pixels = npt.NDArray[np.uint8]
 Rows = Callable[[int, int], Image.Image]
 """The rows of a picture from one up to, and without, another one."""
 
@@ -28,16 +30,16 @@ _MOST_ROWS = 512  # of a band, so that a large picture is not held three times
 _ADLER = 65521  # the largest prime below 2^16
 
 
-class Together(Protocol):
-    """Does pieces of work, if it can beside each other, and gives their results in order."""
+class Beside(Protocol):
+    """Has work done beside what the caller goes on with."""
 
-    def __call__(self, pieces: Sequence[Callable[[], T]]) -> list[T]:
-        """All of them."""
+    def __call__(self, work: Callable[[], T]) -> Callable[[], T]:
+        """What gives its result; it does the work itself where nobody has begun with it."""
 
 
-def in_turn(pieces: Sequence[Callable[[], T]]) -> list[T]:
-    """`Together` in one thread."""
-    return [piece() for piece in pieces]
+def later(work: Callable[[], T]) -> Callable[[], T]:
+    """`Beside` in one thread."""
+    return work
 
 
 def rows_of(picture: Image.Image) -> Rows:
@@ -45,13 +47,14 @@ def rows_of(picture: Image.Image) -> Rows:
     return lambda top, bottom: picture.crop((0, top, picture.width, bottom))
 
 
-def encode(size: tuple[int, int], rows: Rows, *, together: Together = in_turn) -> bytes:
+def encode(size: tuple[int, int], rows: Rows, *, beside: Beside = later) -> bytes:
     """A lossless PNG of 8 bits for each of red, green and blue.
 
     Args:
         size: width and height in pixels.
-        rows: makes a part of the picture, at any time and in any thread.
-        together: does what there is to do for each of its bands.
+        rows: makes a part of the picture; they are asked for from the top down.
+        beside: has every other band compressed; only that, because it alone needs nothing of the
+            interpreter's lock, which threads hand to each other more slowly than they paint.
 
     Raises:
         ValueError: rows of another mode than RGB.
@@ -59,7 +62,16 @@ def encode(size: tuple[int, int], rows: Rows, *, together: Together = in_turn) -
     width, height = size
     count = max(min(2, height, width * height // _WORTH_IT), -(-height // _MOST_ROWS))
     edges = [height * i // count for i in range(count + 1)]
-    bands = together([partial(_band, rows, top, bottom, height) for top, bottom in pairwise(edges)])
+    bands: list[_Band] = []
+    coming: list[Callable[[], _Band]] = []
+    for i, (top, bottom) in enumerate(pairwise(edges)):
+        compress = partial(_compressed, _filtered(rows(top, bottom)), is_last=bottom == height)
+        if i % 2 == 0 and bottom < height:
+            coming = [beside(compress)]
+        else:
+            own = compress()
+            bands += [*(get() for get in coming), own]
+            coming = []
     adler = 1
     for band in bands:
         adler = _joined(adler, band.adler, band.length)
@@ -81,8 +93,7 @@ class _Band(NamedTuple):
     length: int  # of these, in bytes
 
 
-def _band(rows: Rows, top: int, bottom: int, height: int) -> _Band:
-    picture = rows(top, bottom)
+def _filtered(picture: Image.Image) -> Pixels:
     if picture.mode != "RGB":
         raise ValueError(f"the picture's mode is {picture.mode!r}, not 'RGB'")
     pixels = np.asarray(picture).reshape(picture.height, 3 * picture.width)
@@ -91,9 +102,13 @@ def _band(rows: Rows, top: int, bottom: int, height: int) -> _Band:
     filtered[0, 0] = 0  # no filter: the row above is another band's
     filtered[0, 1:] = pixels[0]
     np.subtract(pixels[1:], pixels[:-1], out=filtered[1:, 1:])
+    return filtered
+
+
+def _compressed(filtered: Pixels, *, is_last: bool) -> _Band:
     compressor = isal_zlib.compressobj(_LEVEL, wbits=-zlib.MAX_WBITS)
     # What is flushed ends with a whole byte, so that the next band's can follow.
-    end = zlib.Z_FINISH if bottom == height else zlib.Z_FULL_FLUSH
+    end = zlib.Z_FINISH if is_last else zlib.Z_FULL_FLUSH
     content = compressor.compress(filtered) + compressor.flush(end)
     return _Band(_chunk(b"IDAT", content), isal_zlib.adler32(filtered), filtered.size)
 

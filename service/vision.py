@@ -177,9 +177,9 @@ class Vision:
         """Draws or writes an answer in a decoding thread."""
         return await self._pool.run(work)
 
-    def together(self, pieces: Sequence[Callable[[], T]]) -> list[T]:
-        """Pieces of what `render` is doing; see `DecodePool.together`."""
-        return self._pool.together(pieces)
+    def beside(self, work: Callable[[], T]) -> Callable[[], T]:
+        """A part of what `render` is doing; see `DecodePool.beside`."""
+        return self._pool.beside(work)
 
     def warm_up(self) -> None:
         """Runs each task, so that the first request finds everything loaded."""
