@@ -32,7 +32,8 @@ class _Process:
         self._process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**BRIEF_WAITS, **os.environ, **environment},  # as the service has it by itself
+            # As the service has it by itself.
+            env={**BRIEF_WAITS, **os.environ, **environment},
             start_new_session=True,
             **options,
         )

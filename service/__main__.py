@@ -30,8 +30,8 @@ def main() -> int:
         settings = load_settings()
     except InvalidSettings as error:
         return _fail(*error.complaints)
-    for name, value in cores.BRIEF_WAITS.items():  # read by OpenMP when torch loads
-        os.environ.setdefault(name, value)
+    if not os.environ.keys() & cores.BRIEF_WAITS.keys():
+        os.environ |= cores.BRIEF_WAITS  # read by OpenMP when torch loads
     # A search takes less than Python's 5 ms, and so long it may wait for each turn beside a writer.
     sys.setswitchinterval(_SWITCH_S)
     from service.app import create_app

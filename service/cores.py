@@ -14,6 +14,7 @@ BRIEF_WAITS = {
 
 By default they spin for milliseconds, and take the cores from threads that decode and from other
 processes; those that sleep at once have to be woken for each of a forward pass's many products.
+Where an operator sets one of these, none is set for them.
 """
 
 _CGROUP = Path("/sys/fs/cgroup")

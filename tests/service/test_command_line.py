@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from index.collection_set import CollectionSet
 from service.__main__ import main
+from service.cores import BRIEF_WAITS
 from service.settings import Settings
 from service.settings_help import rule_of
 
@@ -20,7 +21,11 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def run(folder: Path, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("DINOSCOPE_")}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("DINOSCOPE_") and name not in BRIEF_WAITS
+    }
     return subprocess.run(
         [sys.executable, "-m", "service", *arguments],
         cwd=folder,
@@ -37,6 +42,23 @@ def test_a_bad_value_ends_the_process_with_one_line(tmp_path: Path) -> None:
     assert (ended.returncode, ended.stdout) == (2, "")
     assert_lines(ended.stderr, ("DINOSCOPE_PORT", "'abc'"))
     assert list(tmp_path.iterdir()) == []  # nothing was begun
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of the OpenMP that torch brings for Linux")
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, {"GOMP_SPINCOUNT": "5000", "OMP_WAIT_POLICY": "ACTIVE"}),
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, {"GOMP_SPINCOUNT": "0", "OMP_WAIT_POLICY": "PASSIVE"}),
+    ],
+)
+def test_how_torchs_threads_wait(
+    tmp_path: Path, given: dict[str, str], told: dict[str, str]
+) -> None:
+    ended = run(tmp_path, **given, OMP_DISPLAY_ENV="VERBOSE", DINOSCOPE_MODEL="no_such")
+    assert ended.returncode == 2
+    for name, value in told.items():
+        assert f"{name} = '{value}'" in ended.stderr
 
 
 @pytest.fixture

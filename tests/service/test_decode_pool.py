@@ -103,3 +103,65 @@ async def test_an_error_is_the_callers_and_frees_its_place(pool: DecodePool) -> 
 def test_settings_that_cannot_be(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(ValidationError, match=named):
         Settings(_env_file=None, **settings)
+
+
+async def test_work_that_is_lent_out_counts_here(pool: DecodePool, held: Held) -> None:
+    lent: list[Any] = []
+
+    def take(work: Any) -> bool:
+        lent.append(work)
+        return True
+
+    done = pool.start(held, held_bytes=60, lend=take)
+    assert (pool.pictures, pool.held_bytes) == (1, 60)
+    held.gate.set()
+    lent.pop()()
+    assert await asyncio.wrap_future(done) == 1
+    assert (pool.pictures, pool.held_bytes) == (0, 0)
+
+    def fail() -> None:
+        raise MemoryError("no")
+
+    failing = pool.start(fail, lend=take)
+    lent.pop()()
+    with pytest.raises(MemoryError, match="no"):
+        failing.result()
+    given_up = pool.start(held, lend=take)
+    assert given_up.cancel()
+    assert pool.pictures == 0
+    lent.pop()()
+    assert held.done == 1  # nobody waits for a second time
+
+
+async def test_work_that_nobody_takes_is_done_here(pool: DecodePool, held: Held) -> None:
+    held.gate.set()
+    assert await asyncio.wrap_future(pool.start(held, lend=lambda _: False)) == 1
+
+
+async def test_a_part_is_done_by_a_thread_that_is_free(pool: DecodePool, held: Held) -> None:
+    names: list[str] = []
+
+    def part() -> int:
+        names.append(threading.current_thread().name)
+        return 5
+
+    def failing() -> int:
+        raise ValueError("bad part")
+
+    assert pool.beside(part)() == 5
+    get = pool.beside(failing)
+    with pytest.raises(ValueError, match="bad part"):
+        get()
+    running = asyncio.ensure_future(pool.run(held))
+    await asyncio.to_thread(held.started.acquire)
+    names.clear()
+    assert pool.beside(part)() == 5  # the only thread is busy
+    assert names == [threading.current_thread().name]
+    held.gate.set()
+    await running
+    names.clear()
+    get = pool.beside(part)
+    while not names:
+        await asyncio.sleep(0)
+    assert get() == 5
+    assert names == ["decode_0"]

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from service import png
+from service.decode_pool import DecodePool
 
 
 def encode(picture: Image.Image) -> bytes:
@@ -32,9 +33,21 @@ def test_the_picture_comes_back(size: tuple[int, int], kind: str) -> None:
     Image.open(io.BytesIO(content)).verify()  # the checksums
 
 
+@pytest.mark.parametrize("size", [(500, 375), (40, 1600), (40, 2048), (300, 100)])
+def test_bands_that_others_compress_make_the_same_file(size: tuple[int, int]) -> None:
+    width, height = size
+    noise = np.random.default_rng(0).integers(256, size=(height, width, 3)).astype(np.uint8)
+    rows = png.rows_of(Image.fromarray(noise))
+    pool = DecodePool(2, max_pictures=9, max_bytes=1)
+    try:
+        assert png.encode(size, rows, beside=pool.beside) == png.encode(size, rows)
+    finally:
+        pool.close()
+
+
 def test_a_wrong_checksum_would_be_seen() -> None:
     content = bytearray(encode(Image.new("RGB", (8, 8), "red")))
-    content[-20] ^= 1  # in the pixels' chunk
+    content[-40] ^= 1  # in the pixels' last chunk
 
     with pytest.raises((OSError, SyntaxError)):
         Image.open(io.BytesIO(content)).verify()
