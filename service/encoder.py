@@ -1,8 +1,9 @@
 """An artifact as functions from arrays to arrays; the service's way to the network."""
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, get_args
 
@@ -22,7 +23,7 @@ from backbone.pretrained import NamedModel
 from backbone.vit import VisionTransformer
 from service.patch_maps import Point, patch_at
 from service.precision import Precision, in_precision
-from service.torch_threads import fastest, torch_threads
+from service.torch_threads import Fastest, measured, torch_threads
 
 Array = npt.NDArray[np.float32]
 Feature = Literal["cls", "last4", "cls+mean", "patches", "copy"]
@@ -200,7 +201,7 @@ class TorchEncoder:
         on_cores = self._device.type == "cpu" and not self._compiled
         self._threads = (threads or torch.get_num_threads()) if on_cores else 1
         self.batches_at_once = self._threads
-        self._most: dict[int, int] = {}  # pixels of an input -> threads of one product
+        self._fastest: dict[int, Fastest] = {}  # by the numbers of an input
         self._preprocess = artifact.preprocess
         self._whitening = artifact.whitening
         self._patch = artifact.architecture.patch_size
@@ -237,7 +238,7 @@ class TorchEncoder:
         autocast = torch.autocast(
             self._device.type, torch.bfloat16, enabled=self._precision == "bf16"
         )
-        with self._cores(inputs[0], at_once), torch.inference_mode(), autocast:
+        with self._cores(task, inputs, at_once), torch.inference_mode(), autocast:
             results = self._results(task, batch.to(self._device)).float().cpu()
         return list(results[: len(inputs)].numpy())
 
@@ -249,14 +250,14 @@ class TorchEncoder:
         """See `Encoder`: every power of two where the network is compiled."""
         for size in self.batch_sizes(most):
             self.run(task, [prepared] * size)
-        pixels = prepared.size
-        if self._threads > 1 and pixels not in self._most:
+        size = prepared.size
+        if self._threads > 1 and size not in self._fastest:
 
-            def once(most: int) -> None:
-                self._most[pixels] = most
+            def once(number: int) -> None:
+                self._fastest[size] = Fastest({number: 0.0})
                 self.run(task, [prepared])
 
-            self._most[pixels] = fastest(self._threads, once)
+            self._fastest[size] = Fastest(measured(self._threads, once))
 
     def batch_sizes(self, most: int) -> list[int]:
         """Those, up to `most`, that must have run once for the first request to be fast."""
@@ -276,13 +277,22 @@ class TorchEncoder:
             return task.resolution
         return min(self._preprocess.even_short_side(width, height), self.info.max_resolution)
 
-    def _cores(self, prepared: Array, at_once: int) -> AbstractContextManager[None]:
-        """A batch's share of them; no more than was fastest for the input most like this one."""
+    @contextmanager
+    def _cores(self, task: Task, inputs: Sequence[Array], at_once: int) -> Iterator[None]:
+        """A batch's share of them; no more than is fastest for the input most like these."""
         if self._device.type != "cpu" or self._compiled:
-            return nullcontext()
-        near = min(self._most, key=lambda size: abs(math.log(size / prepared.size)), default=0)
-        most = self._most.get(near, self._threads)
-        return torch_threads(min(most, max(1, self._threads // at_once)))
+            yield
+            return
+        size, share = inputs[0].size, max(1, self._threads // at_once)
+        near = min(self._fastest, key=lambda other: abs(math.log(other / size)), default=0)
+        fastest = self._fastest.get(near)
+        number = share if fastest is None else min(fastest.now, share)
+        started = time.perf_counter()
+        with torch_threads(number):
+            yield
+        is_rollout = isinstance(task, AttentionTask) and task.block is None  # takes longer
+        if fastest is not None and len(inputs) == 1 and not is_rollout:
+            fastest.took(number, (time.perf_counter() - started) * near / size)
 
     def _results(self, task: Task, batch: Tensor) -> Tensor:
         if isinstance(task, AttentionTask):

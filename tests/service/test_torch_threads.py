@@ -4,7 +4,7 @@ import time
 import pytest
 import torch
 
-from service.torch_threads import fastest, torch_threads
+from service.torch_threads import Fastest, measured, torch_threads
 
 
 @pytest.mark.parametrize("fast", [1, 2, 3])
@@ -15,12 +15,41 @@ def test_the_fastest_number_of_threads(fast: int) -> None:
         used.add(number)
         time.sleep(0.0 if number == fast else 0.02)
 
-    assert fastest(3, once) == fast
+    assert Fastest(measured(3, once)).now == fast
     assert used == {1, 2, 3}
 
 
-def test_one_thread_needs_no_trial() -> None:
-    assert fastest(1, lambda _: pytest.fail("tried")) == 1
+def test_one_thread_while_several_turn_out_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("service.torch_threads.time.monotonic", lambda: now)
+    fastest = Fastest({1: 1.0, 2: 0.7, 4: 0.5}, retry_s=5.0)
+    for _ in range(100):
+        fastest.took(4, 0.9)  # slower than it was, and still faster than one
+        fastest.took(2, 9.0)  # a share, beside others
+    assert fastest.now == 4
+    fastest = Fastest({1: 1.0, 2: 0.7, 4: 0.5}, retry_s=5.0)
+    for _ in range(3):
+        fastest.took(4, 1e9)  # once or twice is no habit
+        assert fastest.now == 4
+    fastest.took(4, 3.0)
+    assert fastest.now == 1
+    for _ in range(9):
+        fastest.took(1, 9.0)  # the machine is slow, with one too
+    now += 4.9
+    assert fastest.now == 1
+    now += 0.2
+    for _ in range(3):
+        assert fastest.now == 4  # it begins anew
+        fastest.took(4, 3.0)
+    assert fastest.now == 4
+    fastest.took(4, 3.0)
+    assert fastest.now == 1
+
+
+def test_one_thread_stays_one_thread() -> None:
+    fastest = Fastest({1: 1.0, 2: 2.0})
+    fastest.took(1, 9.0)
+    assert fastest.now == 1
 
 
 def test_the_caller_keeps_its_number_of_threads() -> None:
