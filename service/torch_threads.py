@@ -10,6 +10,7 @@ import torch
 
 _TRIALS = 5  # of each number of threads
 _TRIAL_S = 2.0  # after which no further one is made
+_TOO_SLOW = 1.5  # times as slow as one thread was: a little slower they are for a moment, often
 _WEIGHT_OF_NEW = 0.1  # of the last product in the running mean of seconds
 
 
@@ -48,7 +49,7 @@ class Fastest:
 
     Args:
         seconds: by number of threads; see `measured`.
-        retry_s: for how long one thread is used after several turned out slower than it was.
+        retry_s: for how long one thread is used after several turned out much slower than it was.
     """
 
     def __init__(self, seconds: dict[int, float], *, retry_s: float = 5.0) -> None:
@@ -70,6 +71,6 @@ class Fastest:
         alone_s = self._seconds.get(1, math.inf)
         # One that took very long, after a pause perhaps, is no habit.
         self._mean_s += _WEIGHT_OF_NEW * (min(seconds, 2.0 * alone_s) - self._mean_s)
-        if self._mean_s > alone_s:
+        if self._mean_s > _TOO_SLOW * alone_s:
             self._alone_until = time.monotonic() + self._retry_s
             self._mean_s = self._seconds[self._best]

@@ -22,28 +22,28 @@ def test_the_fastest_number_of_threads(fast: int) -> None:
 def test_one_thread_while_several_turn_out_slower(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("service.torch_threads.time.monotonic", lambda: now)
+
+    def slow_ones() -> int:
+        """How many it takes."""
+        for count in range(1, 100):
+            fastest.took(4, 30.0)
+            if fastest.now == 1:
+                return count
+        return 100
+
     fastest = Fastest({1: 1.0, 2: 0.7, 4: 0.5}, retry_s=5.0)
     for _ in range(100):
-        fastest.took(4, 0.9)  # slower than it was, and still faster than one
+        fastest.took(4, 1.4)  # a little slower than one
         fastest.took(2, 9.0)  # a share, beside others
     assert fastest.now == 4
-    fastest = Fastest({1: 1.0, 2: 0.7, 4: 0.5}, retry_s=5.0)
-    for _ in range(3):
-        fastest.took(4, 1e9)  # once or twice is no habit
-        assert fastest.now == 4
-    fastest.took(4, 3.0)
-    assert fastest.now == 1
+    assert slow_ones() < 4
     for _ in range(9):
         fastest.took(1, 9.0)  # the machine is slow, with one too
     now += 4.9
     assert fastest.now == 1
     now += 0.2
-    for _ in range(3):
-        assert fastest.now == 4  # it begins anew
-        fastest.took(4, 3.0)
     assert fastest.now == 4
-    fastest.took(4, 3.0)
-    assert fastest.now == 1
+    assert 4 < slow_ones() < 12  # it began anew, and a few are no habit
 
 
 def test_one_thread_stays_one_thread() -> None:
