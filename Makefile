@@ -6,14 +6,15 @@ DATA ?= data
 
 BIN := .venv/bin
 
+SETTINGS = $(strip $(if $(HOST),DINOSCOPE_HOST="$(HOST)") $(if $(PORT),DINOSCOPE_PORT="$(PORT)") \
+	$(if $(MODEL),DINOSCOPE_MODEL="$(MODEL)") $(if $(COLLECTIONS),DINOSCOPE_DATA_DIR="$(COLLECTIONS)"))
+
 .PHONY: install serve test lint format model clean
 
 install: .venv/.dev
 
 serve: .venv/.service
-	$(if $(HOST),DINOSCOPE_HOST="$(HOST)") $(if $(PORT),DINOSCOPE_PORT="$(PORT)") \
-	$(if $(MODEL),DINOSCOPE_MODEL="$(MODEL)") \
-	$(if $(COLLECTIONS),DINOSCOPE_DATA_DIR="$(COLLECTIONS)") exec $(BIN)/python -m service
+	$(SETTINGS) exec $(BIN)/python -m service
 
 test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile

@@ -28,6 +28,19 @@ class Whitening:
         return F.normalize(centred @ self.matrix, dim=1)
 
 
+def check_enough(count: int, dimension: int) -> None:
+    """Whether a whitening of `dimension` numbers can be fitted on `count` embeddings.
+
+    Raises:
+        ValueError: fewer than 2 * `dimension`, from which a covariance cannot be told.
+    """
+    if count < 2 * dimension:
+        raise ValueError(
+            f"whitening of {dimension} dimensions needs at least {2 * dimension} pictures, "
+            f"not {count}; leave the whitening out, or give more"
+        )
+
+
 def fit_whitening(background: Tensor) -> Whitening:
     """The whitening of background embeddings [N, D].
 
@@ -35,11 +48,7 @@ def fit_whitening(background: Tensor) -> Whitening:
         ValueError: fewer than 2 * D embeddings, from which a covariance cannot be told.
     """
     count, dimension = background.shape
-    if count < 2 * dimension:
-        raise ValueError(
-            f"whitening of {dimension} dimensions needs at least {2 * dimension} pictures, "
-            f"not {count}; leave the whitening out, or give more"
-        )
+    check_enough(count, dimension)
     normalised = F.normalize(background.double(), dim=1)
     mean = normalised.mean(dim=0)
     centred = normalised - mean

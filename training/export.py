@@ -21,7 +21,7 @@ from backbone.artifact import (
     write_artifact,
 )
 from backbone.preprocess import Preprocess
-from backbone.whitening import fit_whitening
+from backbone.whitening import check_enough, fit_whitening
 from training import snapshot
 from training.config import ConfigError, recipe_from_dict
 from training.distributed import World
@@ -140,6 +140,7 @@ def whitened(
         ValueError: too few pictures for the network's embedding size.
     """
     chosen = every(background, count)
+    check_enough(len(chosen.names), artifact.architecture.embed_dim)
     view, embed = artifact.preprocess.centre_crop, embedder(artifact, device)
     vectors = extract(chosen, view, embed, here=World(0, 1, device))["cls"]
     provenance = {**artifact.provenance, "whitened_on": len(chosen.names)}

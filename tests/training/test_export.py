@@ -242,3 +242,17 @@ def test_knn_on_a_device_that_is_not_there(
     model: Path, labelled: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "CUDA" in refused(knn(model, labelled, "--k", "1", "--device", "cuda"), capsys)
+
+
+def test_too_few_pictures_for_a_whitening_are_refused_before_any_is_read(
+    run_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(export, "extract", lambda *_, **__: pytest.fail("features were computed"))
+    out, pictures = tmp_path / "out.safetensors", str(run_dir.parent / "pictures")
+    assert export.main([str(run_dir), str(out), "--whiten", pictures]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: whitening of 192 dimensions needs at least 384 pictures, not 8")
+    assert not out.exists()
