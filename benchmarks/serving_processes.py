@@ -32,7 +32,7 @@ class _Process:
         self._process = subprocess.Popen(
             command,
             cwd=ROOT,
-            # As the service has it by itself.
+            # As the service has it where the environment says nothing.
             env={**BRIEF_WAITS, **os.environ, **environment},
             start_new_session=True,
             **options,

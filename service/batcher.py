@@ -111,7 +111,8 @@ class Batcher(Generic[Item, Result]):
     def is_idle(self) -> bool:
         """Whether nothing waits and nothing runs."""
         with self._lock:
-            return not self._running and not self._waiting
+            is_lent = bool(self._lent or self._away)
+            return not self._running and not self._waiting and not is_lent
 
     @property
     def busy_s(self) -> float:
@@ -191,13 +192,11 @@ class Batcher(Generic[Item, Result]):
         in one, and nobody has to be woken in between.
 
         Returns:
-            False where there are not several threads, or no core is free for one of them (the
-            work itself is expected already): it is for others to do then.
+            False where no other thread would be left for what comes meanwhile, or no core is free
+            (the work itself is expected already): it is for others to do then.
         """
         with self._lock:
-            # One thread alone may be a GPU's, which is not to wait while a picture is decoded.
-            several = len(self._threads) > 1 and not self._closed
-            if not several or not self._idle or self._waiting or self._free < 0:
+            if self._closed or len(self._idle) < 2 or self._waiting or self._free < 0:
                 return False
             thread = min(self._idle)
             self._idle.discard(thread)

@@ -22,7 +22,7 @@ class DecodePool:
     is noted.
 
     Args:
-        threads: pieces of work done at once.
+        threads: pieces of work done at once, and one more where a lone one was lent out.
         max_pictures: most pieces of work that wait or are done; more are refused.
         max_bytes: most encoded bytes that these hold together.
         observe: is told how many seconds each piece of work took, in its thread.
@@ -45,6 +45,7 @@ class DecodePool:
             thread_name_prefix="decode",
             initializer=lambda: self._threads.append(threading.current_thread()),
         )
+        self._count = threads
         self._max_pictures = max_pictures
         self._max_bytes = max_bytes
         self._observe = observe
@@ -86,7 +87,8 @@ class DecodePool:
         """As `run`, whatever the deadline; who gives up waiting cancels what is returned.
 
         Args:
-            lend: may have the work done by a thread of its own, and then gives True.
+            lend: may have the work done by a thread of its own, and then gives True. It is asked
+                only where nothing else is done or waits here.
 
         Raises:
             QueueFull: there is no place for it.
@@ -113,7 +115,7 @@ class DecodePool:
 
         running = Future[T]()
         try:
-            if not lend(partial(_do, timed, running)):
+            if self.pictures > 1 or not lend(partial(_do, timed, running)):
                 running = self._executor.submit(timed)
         except BaseException:
             free(running)
@@ -127,9 +129,14 @@ class DecodePool:
 
         Returns:
             What gives the result. It is not waited for where nobody has begun: the calling thread
-            does the work then, so that a full queue holds up nothing.
+            does the work then.
         """
-        running = self._executor.submit(work)
+        if self.pictures >= self._count:
+            return work  # no thread is free, and in the queue it would be held when it is done
+        try:
+            running = self._executor.submit(work)
+        except RuntimeError:
+            return work  # closed: what is under way is finished
         return lambda: work() if running.cancel() else running.result()
 
     def close(self) -> None:

@@ -76,6 +76,8 @@ def fail(job: Job[Item, Result], error: Exception) -> None:
 async def result_of(putting: "Future[Sequence[Job[Item, Result]]]") -> Result:
     """Waits for a thread that puts one job, and for its result; wakes the event loop once.
 
+    Who gives up waiting may have it put none.
+
     Raises:
         Exception: what putting it raised, or the job's own error.
     """
@@ -91,11 +93,11 @@ async def result_of(putting: "Future[Sequence[Job[Item, Result]]]") -> Result:
             loop.call_soon_threadsafe(end)
 
     def was_put(putting: "Future[Sequence[Job[Item, Result]]]") -> None:
-        if putting.cancelled() or putting.exception() is not None:
+        found = [] if putting.cancelled() or putting.exception() is not None else putting.result()
+        if not found:
             tell(putting)
-            return
-        (job,) = putting.result()
-        job.future.add_done_callback(tell)
+        for job in found:
+            job.future.add_done_callback(tell)
 
     putting.add_done_callback(was_put)
     try:

@@ -20,7 +20,7 @@ from service.settings import Settings
 from service.sharing import ResultCache
 from service.vision import Vision
 
-# At least, for a large picture not to keep small ones waiting; at most, each may hold one whole.
+# At least, for large pictures not to keep small ones waiting; at most, each may hold one whole.
 _DECODE_THREADS = 4, 16
 
 

@@ -210,7 +210,8 @@ class Settings(BaseSettings):
     decode_threads: int = Field(
         default=0,
         ge=0,
-        description="pictures decoded side by side; 0 is the number of cores, but 4 to 16",
+        description="pictures decoded side by side, beside one that came alone; "
+        "0 is the number of cores, but 4 to 16",
     )
     torch_threads: int = Field(
         default=0,

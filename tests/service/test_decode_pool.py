@@ -133,6 +133,14 @@ async def test_work_that_is_lent_out_counts_here(pool: DecodePool, held: Held) -
     assert held.done == 1  # nobody waits for a second time
 
 
+async def test_only_work_that_is_alone_is_lent_out(pool: DecodePool, held: Held) -> None:
+    first = asyncio.ensure_future(pool.run(held))
+    await asyncio.to_thread(held.started.acquire)
+    second = pool.start(held, lend=lambda _: pytest.fail("asked"))
+    held.gate.set()
+    assert sorted([await first, await asyncio.wrap_future(second)]) == [1, 2]
+
+
 async def test_work_that_nobody_takes_is_done_here(pool: DecodePool, held: Held) -> None:
     held.gate.set()
     assert await asyncio.wrap_future(pool.start(held, lend=lambda _: False)) == 1
@@ -154,9 +162,11 @@ async def test_a_part_is_done_by_a_thread_that_is_free(pool: DecodePool, held: H
         get()
     running = asyncio.ensure_future(pool.run(held))
     await asyncio.to_thread(held.started.acquire)
+    assert pool._executor._work_queue.empty()
     names.clear()
     assert pool.beside(part)() == 5  # the only thread is busy
     assert names == [threading.current_thread().name]
+    assert pool._executor._work_queue.empty()  # nothing is held there for later
     held.gate.set()
     await running
     names.clear()
@@ -165,3 +175,5 @@ async def test_a_part_is_done_by_a_thread_that_is_free(pool: DecodePool, held: H
         await asyncio.sleep(0)
     assert get() == 5
     assert names == ["decode_0"]
+    pool.close()
+    assert pool.beside(part)() == 5  # of a drawing that is finished

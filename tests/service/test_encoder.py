@@ -25,6 +25,7 @@ from service.encoder import FEATURES, AttentionTask, Task, TokensTask, TorchEnco
 from service.model_batches import batch_kind
 from service.patch_maps import patch_at
 from service.precision import Precision, in_precision
+from service.torch_threads import Fastest
 from tests.service.pictures import RED, noise, plain
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "photos"
@@ -392,3 +393,23 @@ def test_int8_is_for_vits_alone(name: str) -> None:
     network = Architecture(name=name, image_size=32).build()
     with pytest.raises(ValueError, match="for ViTs alone"):
         in_precision(network, "int8", torch.device("cpu"))
+
+
+def test_it_learns_how_long_a_lone_picture_takes(
+    model: NamedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.encoder.measured", lambda *_: {1: 2.0, 2: 1.0})
+    told: list[int] = []
+    monkeypatch.setattr(Fastest, "took", lambda _, number, __: told.append(number))
+    encoder = TorchEncoder(model, device="cpu", threads=2)
+    one = encoder.prepare("cls", noise(1, (48, 48)))
+    encoder.run("cls", [one])  # nothing was measured
+    encoder.warm_up("cls", one, most=4)
+    told.clear()
+    encoder.run("cls", [one])
+    encoder.run("cls", [one], at_once=2)
+    assert told == [2, 1]
+    encoder.run("cls", [one, one])
+    encoder.run(AttentionTask(block=None), [one])
+    encoder.run(AttentionTask(block=11), [one[:, :16, :16]])  # its time says nothing of others
+    assert told == [2, 1]

@@ -60,6 +60,21 @@ async def test_what_a_lent_thread_puts_is_its_next_batch(make: Any, model: Model
     assert model.at_once == [1] * 20
 
 
+async def test_after_it_was_lent_a_thread_wakes_others_again(make: Any, model: Model) -> None:
+    batcher = make(threads=3)
+    while len(batcher._idle) < 3:
+        await asyncio.sleep(0)
+    assert await put_by(batcher, lambda: None)
+    while len(batcher._idle) < 3:
+        await asyncio.sleep(0)
+    model.gate.clear()
+    (task,) = await start(batcher.submit("a", [1, 2, 3]))
+    for _ in range(3):
+        await model.wait_until_busy()  # each thread has one, and woke the next
+    model.gate.set()
+    await task
+
+
 async def test_a_lent_thread_takes_what_came_meanwhile_along(make: Any, model: Model) -> None:
     batcher = make(threads=2, enough=8)
     gate, jobs = threading.Event(), []
@@ -84,7 +99,7 @@ async def test_a_lent_thread_takes_what_came_meanwhile_along(make: Any, model: M
     assert model.threads == ["model_1", "model_0"]
 
 
-@pytest.mark.parametrize("why", ["one thread", "all busy", "no core", "waiting", "closed"])
+@pytest.mark.parametrize("why", ["one thread", "one free", "no core", "waiting", "closed"])
 async def test_no_thread_is_lent(make: Any, model: Model, why: str) -> None:
     batcher = make(threads=1 if why == "one thread" else 2, enough=9)
     while len(batcher._idle) < len(batcher._threads):
@@ -94,10 +109,7 @@ async def test_no_thread_is_lent(make: Any, model: Model, why: str) -> None:
     if why == "no core":
         batcher.expect()
         batcher.expect()
-    if why in ("all busy", "waiting"):
-        tasks += await start(batcher.submit("a", [0]))
-        await model.wait_until_busy()
-    if why == "all busy":
+    if why in ("one free", "waiting"):
         tasks += await start(batcher.submit("a", [0]))
         await model.wait_until_busy()
     if why == "waiting":

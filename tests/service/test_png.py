@@ -1,4 +1,5 @@
 import io
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,10 +40,17 @@ def test_bands_that_others_compress_make_the_same_file(size: tuple[int, int]) ->
     noise = np.random.default_rng(0).integers(256, size=(height, width, 3)).astype(np.uint8)
     rows = png.rows_of(Image.fromarray(noise))
     pool = DecodePool(2, max_pictures=9, max_bytes=1)
+    parts: list[object] = []
+
+    def beside(work: Any) -> Any:
+        parts.append(work)
+        return pool.beside(work)
+
     try:
-        assert png.encode(size, rows, beside=pool.beside) == png.encode(size, rows)
+        assert png.encode(size, rows, beside=beside) == png.encode(size, rows)
     finally:
         pool.close()
+    assert len(parts) == {375: 1, 1600: 2, 2048: 2, 100: 0}[height]
 
 
 def test_a_wrong_checksum_would_be_seen() -> None:
