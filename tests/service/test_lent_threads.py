@@ -43,6 +43,7 @@ async def test_what_a_lent_thread_puts_is_its_next_batch(make: Any, model: Model
     batcher = make(threads=2)
     doers: list[str] = []
     jobs: list[Any] = []
+    batcher._turns[1].notify = lambda: pytest.fail("the other thread was woken")
 
     def work() -> None:
         doers.append(threading.current_thread().name)
@@ -55,6 +56,7 @@ async def test_what_a_lent_thread_puts_is_its_next_batch(make: Any, model: Model
         while len(jobs) == i:
             await asyncio.sleep(0)
         assert await batcher.results(jobs[-1:]) == [("a", i)]
+    del batcher._turns[1].notify
     assert doers == ["model_0"] * 20
     assert model.threads == doers
     assert model.at_once == [1] * 20
