@@ -1,17 +1,17 @@
 import io
-import threading
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from service import heatmaps
 from service.errors import RequestError
 from service.heatmaps import COLORMAPS, Colormap, Style, draw, draw_components
-from service.torch_threads import torch_threads
+from tests.service.fakes import PATIENCE_S
 from tests.service.pictures import RED, noise, plain
 
 MAP = np.array([[0.0, 0.1], [0.2, 0.7]], dtype=np.float32)
@@ -138,33 +138,53 @@ def test_maps_are_resized_as_pillow_does_it(
     assert np.allclose(found, np.asarray(expected).clip(0.0, 1.0), atol=1e-6)
 
 
+_TEAMS = """
+import os
+import threading
+
+import numpy as np
+import torch
+from PIL import Image
+
+from service.heatmaps import Style, draw, draw_components
+from service.torch_threads import torch_threads
+
+
+def count():
+    print(len(os.listdir("/proc/self/task")))
+
+
+def work():
+    torch.set_num_threads(2)
+    with torch_threads(1):
+        count()
+    picture = Image.new("RGB", (1000, 800), "red")
+    style = Style(colormap="viridis", overlay=0.5, threshold=None, size=1000)
+    for heads in (1, 3):
+        draw(np.ones((heads, 60, 70), np.float32), picture, style)
+        count()
+    draw_components(np.ones((3, 60, 70), np.float32), picture, style)
+    count()
+    torch.ones(1000, 1000).clamp_(0.0, 1.0)  # shows that a team would be seen
+    count()
+
+
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's list of threads")
 def test_a_thread_that_draws_wakes_no_team_of_torchs() -> None:
     """A second team would have the model's threads, which have one, sleep between products."""
-    before = torch.get_num_threads()
-    found: list[int] = []
-
-    def count() -> None:
-        found.append(len(list(Path("/proc/self/task").iterdir())))
-
-    def work() -> None:
-        torch.set_num_threads(2)
-        with torch_threads(1):
-            count()
-        picture = plain(RED, (1000, 800))
-        style = Style(colormap="viridis", overlay=0.5, threshold=None, size=1000)
-        for heads in (1, 3):
-            draw(np.ones((heads, 60, 70), np.float32), picture, style)
-            count()
-        draw_components(np.ones((3, 60, 70), np.float32), picture, style)
-        count()
-        torch.ones(1000, 1000).clamp_(0.0, 1.0)  # shows that a team would be seen
-        count()
-
-    try:
-        thread = threading.Thread(target=work)
-        thread.start()
-        thread.join()
-        assert found == [found[0]] * 4 + [found[0] + 1]
-    finally:
-        torch.set_num_threads(before)
+    told = subprocess.run(
+        [sys.executable, "-c", _TEAMS],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=True,
+    )
+    found = [int(line) for line in told.stdout.split()]
+    assert found == [found[0]] * 4 + [found[0] + 1]
