@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ import torch
 from PIL import Image
 
 from backbone.architectures import Architecture
-from backbone.artifact import Artifact, write_artifact
 from backbone.attention import rollout
 from backbone.descriptors import copy_descriptor
 from backbone.preprocess import LONGEST, Preprocess
@@ -25,8 +23,8 @@ from service.encoder import FEATURES, AttentionTask, Task, TokensTask, TorchEnco
 from service.model_batches import batch_kind
 from service.patch_maps import patch_at
 from service.precision import Precision, in_precision
-from service.torch_threads import Fastest
 from tests.service.pictures import RED, noise, plain
+from tests.service.tiny_network import write_tiny_network
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "photos"
 TASKS: tuple[Task, ...] = (
@@ -36,26 +34,11 @@ TASKS: tuple[Task, ...] = (
     AttentionTask(block=0, point=(0.9, 0.1)),
     AttentionTask(block=None),
 )
-ARCHITECTURE = Architecture(name="vit_tiny", patch_size=16, image_size=32)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> NamedModel:
-    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
-    torch.manual_seed(0)
-    network = ARCHITECTURE.build()
-    for weights in network.parameters():  # away from the small values that it starts from
-        weights.data += 0.05 * torch.randn_like(weights)
-    write_artifact(
-        Artifact(
-            architecture=ARCHITECTURE,
-            preprocess=Preprocess.in_proportion(32, patch_size=16),
-            weights=network.state_dict(),
-            provenance={"licence": "CC0-1.0"},
-        ),
-        path,
-    )
-    return load_model(str(path))
+    return write_tiny_network(tmp_path_factory.mktemp("model") / "tiny.safetensors")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -311,47 +294,6 @@ def test_int8_batches_do_not_disturb_each_other(model: NamedModel) -> None:
             assert np.array_equal(found, expected)
 
 
-def test_the_best_number_of_threads_is_that_of_inputs_about_as_large(
-    model: NamedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    encoder = TorchEncoder(model, device="cpu", threads=4)
-    assert encoder.batches_at_once == 4
-    answers = iter([1, 1, 2])  # of the embeddings' size, the copies', and the finest
-
-    def measured(*_: object) -> dict[int, float]:
-        fast = next(answers)
-        return {number: 0.0 if number == fast else 1.0 for number in (1, 2, 4)}
-
-    monkeypatch.setattr("service.encoder.measured", measured)
-    used: list[int] = []
-    results = encoder._results
-
-    def noted(*arguments: Any) -> Any:
-        used.append(torch.get_num_threads())
-        return results(*arguments)
-
-    monkeypatch.setattr(encoder, "_results", noted)
-    one = encoder.prepare("cls", noise(1, (48, 48)))
-    encoder.run("cls", [one])
-    encoder.run("cls", [one], at_once=3)
-    encoder.run("cls", [one, one], at_once=9)
-    assert used == [4, 1, 1]  # nothing was measured: its share of the cores
-    fine = AttentionTask(block=11, resolution=encoder.info.max_resolution)
-    tasks: tuple[Task, ...] = ("cls", "copy", AttentionTask(block=11), fine)
-    assert encoder.info.tasks == tasks
-    inputs = [encoder.prepare(task, noise(1, (48, 48))) for task in tasks]
-    for task, one in zip(tasks, inputs, strict=True):
-        encoder.warm_up(task, one, most=4)
-    used.clear()
-    for task, one in zip(tasks, inputs, strict=True):
-        encoder.run(task, [one, one])
-    nearly = AttentionTask(block=11, resolution=60)
-    encoder.run(nearly, [encoder.prepare(nearly, noise(1, (60, 48)))])
-    encoder.run(nearly, [encoder.prepare(nearly, noise(1, (60, 48)))], at_once=3)
-    encoder.run(AttentionTask(block=None), [inputs[0]])
-    assert used == [1, 1, 1, 2, 2, 1, 1]
-
-
 def test_few_pictures_of_many_tokens_are_enough(model: NamedModel) -> None:
     encoder = TorchEncoder(model, device="cpu")
     patch = model.artifact.architecture.patch_size
@@ -393,23 +335,3 @@ def test_int8_is_for_vits_alone(name: str) -> None:
     network = Architecture(name=name, image_size=32).build()
     with pytest.raises(ValueError, match="for ViTs alone"):
         in_precision(network, "int8", torch.device("cpu"))
-
-
-def test_it_learns_how_long_a_lone_picture_takes(
-    model: NamedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("service.encoder.measured", lambda *_: {1: 2.0, 2: 1.0})
-    told: list[int] = []
-    monkeypatch.setattr(Fastest, "took", lambda _, number, __: told.append(number))
-    encoder = TorchEncoder(model, device="cpu", threads=2)
-    one = encoder.prepare("cls", noise(1, (48, 48)))
-    encoder.run("cls", [one])  # nothing was measured
-    encoder.warm_up("cls", one, most=4)
-    told.clear()
-    encoder.run("cls", [one])
-    encoder.run("cls", [one], at_once=2)
-    assert told == [2, 1]
-    encoder.run("cls", [one, one])
-    encoder.run(AttentionTask(block=None), [one])
-    encoder.run(AttentionTask(block=11), [one[:, :16, :16]])  # its time says nothing of others
-    assert told == [2, 1]
