@@ -266,8 +266,9 @@ class Batcher(Generic[Item, Result]):
         try:
             while True:
                 batch, at_once = self._next_batch(thread)
-                if work := self._lent.pop(thread, None):
-                    self._away.add(threading.get_ident())
+                if thread in self._lent:
+                    self._away.add(threading.get_ident())  # first: it is never seen as idle
+                    work = self._lent.pop(thread)
                     work()
                     self._away.discard(threading.get_ident())
                     del work  # what it holds is not held until there is more to do

@@ -59,3 +59,13 @@ async def start(*work: Awaitable[Any]) -> list["asyncio.Task[Any]"]:
     tasks = [asyncio.ensure_future(one) for one in work]
     await asyncio.sleep(0)
     return tasks
+
+
+async def until_idle(batcher: Batcher[int, Any]) -> None:
+    """Until all of its threads wait for work, as they do a moment after the last result came.
+
+    At the start, too: they begin to wait one after another.
+    """
+    async with asyncio.timeout(PATIENCE_S):
+        while not batcher.is_idle or (batcher.alive and len(batcher._idle) < len(batcher._threads)):
+            await asyncio.sleep(0)

@@ -7,7 +7,7 @@ import pytest
 
 from service.batcher import Batcher
 from service.jobs import BatcherClosed, BatchFailed, QueueFull
-from tests.service.batches import Model, batchers_of, start
+from tests.service.batches import Model, batchers_of, start, until_idle
 from tests.service.fakes import PATIENCE_S
 
 pytestmark = pytest.mark.anyio
@@ -66,9 +66,12 @@ async def test_the_largest_batch_is_shared_as_well(
 
 async def test_a_lone_item_waits_for_nobody_who_is_expected(make: Any, model: Model) -> None:
     batcher = make(threads=3, enough=3)
+    await until_idle(batcher)
     assert await batcher.submit("a", [1]) == [("a", 1)]
+    await until_idle(batcher)
     batcher.expect()
     assert await batcher.submit("a", [1]) == [("a", 1)]
+    await until_idle(batcher)
     for _ in range(4):
         batcher.expect()
     assert await batcher.submit("a", [1]) == [("a", 1)]
@@ -77,6 +80,7 @@ async def test_a_lone_item_waits_for_nobody_who_is_expected(make: Any, model: Mo
 
 async def test_the_first_thread_alone_has_all_cores(make: Any, model: Model) -> None:
     batcher = make(threads=3)
+    await until_idle(batcher)
     model.gate.clear()
     tasks = []
     for i in range(2):
@@ -123,8 +127,7 @@ async def test_a_second_batch_waits_for_what_is_expected(
     model.gate.set()
     await asyncio.gather(*tasks)
     assert [items for _, items in model.batches] == expected
-    while not batcher.is_idle:
-        await asyncio.sleep(0)
+    await until_idle(batcher)
     assert batcher.busy_s == 0.0
 
 
@@ -132,11 +135,11 @@ async def test_a_request_is_not_shared_among_threads_whose_cores_are_taken(
     make: Any, model: Model
 ) -> None:
     batcher = make(threads=2, enough=8)
+    await until_idle(batcher)
     over = batcher.expect()
     await batcher.submit("a", [1, 2, 3, 4])
     over()
-    while not batcher.is_idle:
-        await asyncio.sleep(0)
+    await until_idle(batcher)
     model.entered.acquire()
     model.gate.clear()
     (task,) = await start(batcher.submit("a", [1, 2, 3, 4]))
@@ -163,12 +166,10 @@ async def test_more_than_enough_is_left_to_the_next_free_thread(make: Any, model
 
 async def test_the_first_thread_that_is_free_is_the_one_that_works(make: Any, model: Model) -> None:
     batcher = make(threads=3)
-    while len(batcher._idle) < 3:
-        await asyncio.sleep(0)
+    await until_idle(batcher)
     for i in range(9):
         await batcher.submit("a", [i])
-        while not batcher.is_idle:
-            await asyncio.sleep(0)
+        await until_idle(batcher)
     assert set(model.threads) == {"model_0"}
     model.gate.clear()
     tasks = []

@@ -15,8 +15,8 @@ from service.batcher import Batcher
 from service.deadlines import DeadlineExceeded, WaitedTooLong
 from service.jobs import BatcherClosed, BatchFailed, QueueFull
 from service.trouble import PERSISTING
+from tests.service.batches import start, until_idle
 from tests.service.fakes import PATIENCE_S
-from tests.service.test_batcher import start
 
 pytestmark = pytest.mark.anyio
 
@@ -135,8 +135,7 @@ async def test_batches_take_turns_for_a_while_after_memory_ran_out(model: Model)
     model.fits = 1
     assert await batcher.submit("a", list(range(8))) == list(range(8))
     model.fits = 1000
-    while not batcher.is_idle:
-        await asyncio.sleep(0.001)
+    await until_idle(batcher)
     while model.entered.acquire(blocking=False):
         pass
     model.gate.clear()
@@ -152,8 +151,7 @@ async def test_closing_finishes_what_waits_after_memory_ran_out(model: Model) ->
     batcher = batcher_of(model, threads=2, caution_s=3600.0)
     model.fits = 1
     assert await batcher.submit("a", [1, 2]) == [1, 2]
-    while not batcher.is_idle:
-        await asyncio.sleep(0.001)
+    await until_idle(batcher)
     while model.entered.acquire(blocking=False):
         pass
     model.gate.clear()

@@ -9,7 +9,7 @@ import pytest
 
 from service.batcher import Batcher
 from service.jobs import BatcherClosed
-from tests.service.batches import Model, batchers_of, start
+from tests.service.batches import Model, batchers_of, start, until_idle
 from tests.service.fakes import PATIENCE_S
 
 pytestmark = pytest.mark.anyio
@@ -50,8 +50,7 @@ async def test_what_a_lent_thread_puts_is_its_next_batch(make: Any, model: Model
         jobs.extend(batcher.put("a", [len(jobs)]))
 
     for i in range(20):
-        while len(batcher._idle) < 2:
-            await asyncio.sleep(0)
+        await until_idle(batcher)
         assert await put_by(batcher, work)
         while len(jobs) == i:
             await asyncio.sleep(0)
@@ -64,11 +63,9 @@ async def test_what_a_lent_thread_puts_is_its_next_batch(make: Any, model: Model
 
 async def test_after_it_was_lent_a_thread_wakes_others_again(make: Any, model: Model) -> None:
     batcher = make(threads=3)
-    while len(batcher._idle) < 3:
-        await asyncio.sleep(0)
+    await until_idle(batcher)
     assert await put_by(batcher, lambda: None)
-    while len(batcher._idle) < 3:
-        await asyncio.sleep(0)
+    await until_idle(batcher)
     model.gate.clear()
     (task,) = await start(batcher.submit("a", [1, 2, 3]))
     for _ in range(3):
@@ -85,8 +82,7 @@ async def test_a_lent_thread_takes_what_came_meanwhile_along(make: Any, model: M
         gate.wait(PATIENCE_S)
         jobs.extend(batcher.put("a", [0]))
 
-    while len(batcher._idle) < 2:
-        await asyncio.sleep(0)
+    await until_idle(batcher)
     assert await put_by(batcher, work)
     model.gate.clear()
     others = await start(batcher.submit("a", [1]))
@@ -135,8 +131,7 @@ async def test_a_thread_that_is_lent_is_finished_before_the_batcher_closes(make:
             batcher.put("a", [0])
         refused.set()
 
-    while len(batcher._idle) < 2:
-        await asyncio.sleep(0)
+    await until_idle(batcher)
     assert await put_by(batcher, work)
     assert not batcher.close(timeout_s=0.05)
     gate.set()
