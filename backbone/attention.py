@@ -25,11 +25,12 @@ def attention_row(
     if not 0 <= block < len(network.blocks):
         raise ValueError(f"block is {block}, not 0 to {len(network.blocks) - 1}")
     x = _embedded(network, pictures, query)
-    blocks = _blocks(network)
+    b, t, d = x.shape
+    x, blocks = x.flatten(0, 1), _blocks(network)
     for earlier in blocks[:block]:
-        x = _through(earlier, x)
+        x, _ = earlier(x, [(b, t)], (None, None), "none")
     chosen = blocks[block]
-    q, k = chosen.attn.queries_keys(chosen.norm1(x))
+    q, k = chosen.attn.queries_keys(chosen.norm1(x).reshape(b, t, d))
     return chosen.attn.weights(q[:, :, query : query + 1], k)[:, :, 0]
 
 

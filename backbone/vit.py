@@ -29,6 +29,8 @@ from backbone.stochastic_depth import (
 
 AttentionRows = Literal["none", "cls", "full"]
 
+_SMALL_GRID = 256  # patches; of more, the network's own time is much longer
+_GRIDS = 64  # that are kept, at most
 _INIT_STD = 0.02
 
 
@@ -70,6 +72,8 @@ class VisionTransformer(nn.Module):
         recompute_blocks: trades time for memory in `forward_cls`.
         fixed_shapes: stochastic depth multiplies by 0 on a CPU as well, so that blocks can be
             compiled once.
+        fixed_weights: they no longer change, so that positions which are interpolated from them are
+            kept, of a few small grids.
         drawn: stochastic depth's factors for the forwards to come, on the device (see
             `draw_factors`); where empty, each forward draws its own.
     """
@@ -111,6 +115,8 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.recompute_blocks = False
         self.fixed_shapes = False
+        self.fixed_weights = False
+        self._kept_positions: dict[tuple[int, int], Tensor] = {}
         self.drawn: list[Tensor] = []
 
         nn.init.trunc_normal_(self.pos_embed, std=_INIT_STD)
@@ -189,12 +195,17 @@ class VisionTransformer(nn.Module):
         side = math.isqrt(self.pos_embed.shape[1] - 1)
         if (h, w) == (side, side):
             return self.pos_embed
+        if (h, w) in self._kept_positions:
+            return self._kept_positions[h, w]
         cls, grid = self.pos_embed[:, :1], self.pos_embed[:, 1:]
         grid = grid.reshape(1, side, side, -1).permute(0, 3, 1, 2)
         grid = F.interpolate(
             grid, scale_factor=((h + 0.1) / side, (w + 0.1) / side), mode="bicubic"
         )
-        return torch.cat((cls, grid.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
+        positions = torch.cat((cls, grid.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
+        if self.fixed_weights and h * w <= _SMALL_GRID and len(self._kept_positions) < _GRIDS:
+            self._kept_positions[h, w] = positions
+        return positions
 
     def _paths(self, groups: Sequence[Group]) -> list[Kept]:
         rates, device = self.drop_path_rates, self.cls_token.device

@@ -78,7 +78,8 @@ class Batcher(Generic[Item, Result]):
         self._turns = [threading.Condition(self._lock) for _ in range(threads)]
         self._idle: set[int] = set()  # threads that wait for their turn
         self._lent: dict[int, Callable[[], None]] = {}  # what such a thread is to do first
-        self._away: set[int] = set()  # threads that are doing it, by their identifier
+        self._away: set[int] = set()  # threads that are doing it
+        self._numbers: dict[int, int] = {}  # identifier of a thread -> its number here
         self._closed = False
         self._threads = [
             threading.Thread(target=self._work, args=(i,), name=f"model_{i}", daemon=True)
@@ -189,14 +190,23 @@ class Batcher(Generic[Item, Result]):
         """Has `work`, which raises nothing, done by a thread of the model that is free.
 
         What is put there is the same thread's next batch: a lone picture is decoded and embedded
-        in one, and nobody has to be woken in between.
+        in one, and nobody has to be woken in between. A thread of the model that asks does it
+        itself, after the batch that it has.
 
         Returns:
             False where no other thread would be left for what comes meanwhile, or no core is free
             (the work itself is expected already): it is for others to do then.
         """
+        own = self._numbers.get(threading.get_ident())
         with self._lock:
-            if self._closed or len(self._idle) < 2 or self._waiting or self._free < 0:
+            if self._closed or self._waiting or self._free < 0:
+                return False
+            if own is not None:
+                if not self._idle or own in self._lent:
+                    return False
+                self._lent[own] = work
+                return True
+            if len(self._idle) < 2:
                 return False
             thread = min(self._idle)
             self._idle.discard(thread)
@@ -263,14 +273,15 @@ class Batcher(Generic[Item, Result]):
 
     def _work(self, thread: int) -> None:
         batch: list[Job[Item, Result]] = []
+        self._numbers[threading.get_ident()] = thread
         try:
             while True:
                 batch, at_once = self._next_batch(thread)
                 if thread in self._lent:
-                    self._away.add(threading.get_ident())  # first: it is never seen as idle
+                    self._away.add(thread)  # first: it is never seen as idle
                     work = self._lent.pop(thread)
                     work()
-                    self._away.discard(threading.get_ident())
+                    self._away.discard(thread)
                     del work  # what it holds is not held until there is more to do
                     continue
                 if not batch:
@@ -281,6 +292,8 @@ class Batcher(Generic[Item, Result]):
             # Not an error of the model's, those are caught: the process has to be told, and ends.
             _log.critical("a thread of the model ended", exc_info=error)
         finally:
+            if thread in self._lent:
+                self._lent.pop(thread)()  # somebody waits for it
             with self._lock:
                 self._running.pop(thread, None)
                 left = [*batch, *self._waiting]
@@ -294,28 +307,29 @@ class Batcher(Generic[Item, Result]):
     def _next_batch(self, thread: int) -> tuple[list[Job[Item, Result]], int]:
         """The next batch, and how many share the cores.
 
-        Empty where the thread was lent meanwhile, and once all is closed and drained.
+        Empty where the thread is lent, and once all is closed and drained.
         """
         with self._lock:
             self._running.pop(thread, None)
-            while True:
-                while not self._has_work():
-                    if self._closed and not self._waiting:
-                        return [], 0
+            while thread not in self._lent:
+                if self._has_work():
+                    self._limit.grow_again()
+                    batch = self._take()
+                    if batch:
+                        now = time.monotonic()
+                        for job in batch:
+                            job.started = now
+                        self._running[thread] = now
+                        self._wake()
+                        return batch, self._at_once(thread)
+                elif self._closed and not self._waiting:
+                    return [], 0
+                else:
                     self._idle.add(thread)
                     self._turns[thread].wait()
                     self._idle.discard(thread)
-                    if thread in self._lent:
-                        return [], 0
-                self._limit.grow_again()
-                batch = self._take()
-                if batch:
-                    now = time.monotonic()
-                    for job in batch:
-                        job.started = now
-                    self._running[thread] = now
-                    self._wake()
-                    return batch, self._at_once(thread)
+            self._wake()  # what came meanwhile is another thread's now
+            return [], 0
 
     def _at_once(self, thread: int) -> int:
         """How many share the cores with this thread's batch, itself among them.
@@ -368,7 +382,8 @@ class Batcher(Generic[Item, Result]):
 
         None where the caller is one that was lent: it looks for work itself next.
         """
-        if self._idle and self._has_work() and threading.get_ident() not in self._away:
+        own = self._numbers.get(threading.get_ident())
+        if self._idle and self._has_work() and own not in self._away:
             self._turns[min(self._idle)].notify()
 
     def _close(self) -> None:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import TypeVar
 
 from service import deadlines, measurements
+from service.helper import Helper
 from service.jobs import QueueFull
 
 T = TypeVar("T")
@@ -25,6 +26,7 @@ class DecodePool:
         threads: pieces of work done at once, and one more where a lone one was lent out.
         max_pictures: most pieces of work that wait or are done; more are refused.
         max_bytes: most encoded bytes that these hold together.
+        helper: takes parts of a piece of work that is alone; for `beside`, and closed with this.
         observe: is told how many seconds each piece of work took, in its thread.
 
     Attributes:
@@ -37,6 +39,7 @@ class DecodePool:
         *,
         max_pictures: int,
         max_bytes: int,
+        helper: Helper | None = None,
         observe: Callable[[float], None] = lambda _: None,
     ) -> None:
         self._threads: list[threading.Thread] = []
@@ -45,7 +48,7 @@ class DecodePool:
             thread_name_prefix="decode",
             initializer=lambda: self._threads.append(threading.current_thread()),
         )
-        self._count = threads
+        self._helper = helper
         self._max_pictures = max_pictures
         self._max_bytes = max_bytes
         self._observe = observe
@@ -125,23 +128,20 @@ class DecodePool:
         return running
 
     def beside(self, work: Callable[[], T]) -> Callable[[], T]:
-        """Has a part of what a thread here is doing done by another one that is free.
+        """Has a part of what a thread is doing done by another one, where nothing else is to do.
 
         Returns:
-            What gives the result. It is not waited for where nobody has begun: the calling thread
-            does the work then.
+            What gives the result; see `Helper.begin`.
         """
-        if self.pictures >= self._count:
-            return work  # no thread is free, and in the queue it would be held when it is done
-        try:
-            running = self._executor.submit(work)
-        except RuntimeError:
-            return work  # closed: what is under way is finished
-        return lambda: work() if running.cancel() else running.result()
+        if self._helper is None or self.pictures > 1:
+            return work
+        return self._helper.begin(work)
 
     def close(self) -> None:
         """Finishes what waits, then ends the threads."""
         self._executor.shutdown()
+        if self._helper is not None:
+            self._helper.close()
 
     def _take_place(self, held_bytes: int) -> None:
         with self._lock:

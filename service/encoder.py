@@ -199,6 +199,8 @@ class TorchEncoder:
         if self._compiled:
             self._network.compile(dynamic=False)
         on_cores = self._device.type == "cpu" and not self._compiled
+        if isinstance(self._network, VisionTransformer):
+            self._network.fixed_weights = on_cores
         self._threads = (threads or torch.get_num_threads()) if on_cores else 1
         self.batches_at_once = self._threads
         self._fastest: dict[int, Fastest] = {}  # by the numbers of an input

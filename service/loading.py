@@ -13,6 +13,7 @@ from service.addresses import parse_allowances
 from service.decode_pool import DecodePool
 from service.encoder import Encoder, ModelInfo, TorchEncoder, check_device, model_info
 from service.fetching import Fetcher
+from service.helper import Helper
 from service.images import Limits
 from service.metrics import Metrics
 from service.models import Model, Models
@@ -84,6 +85,7 @@ def share(settings: Settings, metrics: Metrics) -> Shared:
             settings.decode_threads or min(max(least, cores.available()), most),
             max_pictures=settings.max_decode_queue,
             max_bytes=settings.max_decode_bytes,
+            helper=Helper() if cores.available() > 1 else None,
             observe=metrics.decode.observe,
         ),
         cache=ResultCache(settings.cache_bytes),

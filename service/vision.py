@@ -1,14 +1,16 @@
 """Pictures in, vectors and maps out: decoding in threads, the model behind its batcher."""
 
+import contextvars
 import time
 from collections.abc import Awaitable, Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from PIL import Image
 
-from backbone.pictures import Mode
 from service import deadlines, images, measurements
 from service.batcher import Batcher
 from service.deadlines import DeadlineExceeded, WaitedTooLong
@@ -22,29 +24,15 @@ from service.encoder import (
 )
 from service.errors import ImageError
 from service.fetching import Fetcher
-from service.jobs import Job, note_times, result_of
+from service.jobs import Job, QueueFull, note_times, result_of
 from service.memory import is_out_of_memory
 from service.metrics import Metrics
 from service.model_batches import batch_kind, enough_for, runner
+from service.prepared import Prepared, Wanted, prepare
 from service.sharing import Flights, ResultCache
 from service.together import all_or_none, first_error_of
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A picture that was decoded: its inputs to the model, and what is kept of it.
-
-    Attributes:
-        thumbnail: a small JPEG, where it was asked for.
-        background: the picture at the size asked for, RGB, for maps to be drawn over.
-    """
-
-    inputs: dict[Task, Array]
-    content_hash: str
-    thumbnail: bytes | None
-    background: Image.Image | None
 
 
 class Vision:
@@ -132,17 +120,43 @@ class Vision:
         return self._encoder.similarity(cls)
 
     async def attention(
-        self, picture: EncodedPicture, task: Task, *, largest: int
-    ) -> tuple[Array, Image.Image]:
-        """The result of a `task` about the whole picture, and the picture itself.
+        self,
+        picture: EncodedPicture,
+        task: Task,
+        draw: Callable[[Array, Image.Image], T],
+        *,
+        largest: int,
+    ) -> T:
+        """What `draw` makes, in a thread, of the result of `task` and of the whole picture.
 
         The picture is scaled down to `largest` pixels on its long side before it waits for the
-        model, so that a full queue does not hold photographs at full size.
+        model, so that a full queue does not hold photographs at full size. From the model it goes
+        straight to where it is drawn.
+
+        Raises:
+            Exception: see `encode`, and what `draw` raised.
         """
-        prepared = await self.prepare(picture, (task,), background_side=largest)
-        (maps,) = await self.run(task, [prepared])
-        assert prepared.background is not None
-        return maps, prepared.background
+        read, kept = await self._kept(task, picture)
+        key, first, drawings = self._key(task, read.content_hash), [read], list[Future[T]]()
+        del read  # see `_encode_one`
+
+        def then(result: Array, prepared: Prepared) -> Future[Any]:
+            work = partial(draw, result, _background(prepared))
+            drawings.append(self._pool.start(work, lend=self.batcher.lend))
+            return drawings[0]
+
+        def compute() -> Awaitable[Array]:
+            wanted = Wanted((task,), background_side=largest)
+            return self._compute(wanted, first.pop(), then)
+
+        if kept is None:
+            kept = await _shared(self._running, key, compute, picture.param)
+        if drawings:
+            return drawings[0].result()
+        # It was kept, or another request's, who may have had it drawn in another way.
+        left = first.pop() if first else await self._read(picture)
+        prepared = await self._prepare(left, Wanted((), background_side=largest))
+        return await self._pool.run(partial(draw, kept, _background(prepared)))
 
     async def prepare(
         self,
@@ -161,7 +175,7 @@ class Vision:
             ImageError: a picture that cannot be taken.
             QueueFull: see `DecodePool.run`.
         """
-        wanted = _Wanted(tuple(tasks), keep_thumbnail, background_side)
+        wanted = Wanted(tuple(tasks), keep_thumbnail, background_side)
         return await self._prepare(await self._read(picture), wanted)
 
     async def run(self, task: Task, prepared: Sequence[Prepared]) -> list[Array]:
@@ -173,12 +187,8 @@ class Vision:
             self.cache.get(self._key(task, one.content_hash))
         return await self._run(task, prepared)
 
-    async def render(self, work: Callable[[], T]) -> T:
-        """Draws or writes an answer in a decoding thread."""
-        return await self._pool.run(work)
-
     def beside(self, work: Callable[[], T]) -> Callable[[], T]:
-        """A part of what `render` is doing; see `DecodePool.beside`."""
+        """A part of what `draw` is doing, for `attention`; see `DecodePool.beside`."""
         return self._pool.beside(work)
 
     def warm_up(self) -> None:
@@ -197,7 +207,7 @@ class Vision:
 
     async def _kept_or_prepared(self, task: Task, picture: EncodedPicture) -> Array | Prepared:
         read, kept = await self._kept(task, picture)
-        return kept if kept is not None else await self._prepare(read, _Wanted((task,)))
+        return kept if kept is not None else await self._prepare(read, Wanted((task,)))
 
     async def _kept(self, task: Task, picture: EncodedPicture) -> tuple[ReadPicture, Array | None]:
         read = await self._read(picture)
@@ -213,26 +223,49 @@ class Vision:
         del read  # its bytes are counted while it is decoded, and are not held for longer
 
         return await _shared(
-            self._running, key, lambda: self._compute(task, first.pop()), picture.param
+            self._running, key, lambda: self._compute(Wanted((task,)), first.pop()), picture.param
         )
 
-    async def _compute(self, task: Task, read: ReadPicture) -> Array:
+    async def _compute(
+        self,
+        wanted: Wanted,
+        read: ReadPicture,
+        then: Callable[[Array, Prepared], Future[Any]] | None = None,
+    ) -> Array:
+        """The result of the one task that is wanted.
+
+        Args:
+            then: begins more work with it; see `result_of`. Where it fails, nothing was begun.
+        """
+        (task,) = wanted.tasks
         key, request = self._key(task, read.content_hash), measurements.current()
-        batcher, asked = self.batcher, time.monotonic()
+        batcher, asked, context = self.batcher, time.monotonic(), contextvars.copy_context()
         jobs: list[Job[Array, Array]] = []
+        found: list[Prepared] = []  # where it is needed later
         is_wanted, has_come = True, batcher.expect()
 
         def work(read: ReadPicture) -> Sequence[Job[Array, Array]]:
             try:
-                prepared = self._decoded(read, _Wanted((task,))).inputs[task]
+                prepared = self._decoded(read, wanted)
+                inputs = prepared.inputs[task]
+                if then is not None:
+                    found.append(replace(prepared, inputs={}))
                 if is_wanted:
-                    kind = batch_kind(task, prepared)
-                    jobs.extend(batcher.put(kind, [prepared], deadline=request.deadline))
+                    kind = batch_kind(task, inputs)
+                    jobs.extend(batcher.put(kind, [inputs], deadline=request.deadline))
             finally:
                 has_come()
             if not is_wanted:  # by now
                 batcher.withdraw(jobs)
             return jobs
+
+        def go_on(result: Array) -> Future[Any]:
+            if then is not None and is_wanted:
+                with suppress(QueueFull):  # the request asks again, and is told
+                    return context.run(then, result, found.pop())
+            nothing = Future[None]()
+            nothing.set_result(None)
+            return nothing
 
         def has_begun() -> bool:
             return not putting.cancel() and all(job.started is not None for job in jobs)
@@ -250,7 +283,7 @@ class Vision:
             async with deadlines.before(
                 request.deadline, has_begun=has_begun, retry_after_s=retry_after_s
             ):
-                result = await result_of(putting)
+                result = await result_of(putting, then=None if then is None else go_on)
         finally:
             is_wanted = False
             has_come()
@@ -273,39 +306,17 @@ class Vision:
             lambda: picture.read(self.limits), held_bytes=len(picture.content)
         )
 
-    async def _prepare(self, read: ReadPicture, wanted: "_Wanted") -> Prepared:
+    async def _prepare(self, read: ReadPicture, wanted: Wanted) -> Prepared:
         key = read.content_hash, wanted
         return await _shared(self._preparing, key, lambda: self._decode(read, wanted), read.param)
 
-    async def _decode(self, read: ReadPicture, wanted: "_Wanted") -> Prepared:
+    async def _decode(self, read: ReadPicture, wanted: Wanted) -> Prepared:
         return await self._pool.run(
             lambda: self._decoded(read, wanted), held_bytes=len(read.content)
         )
 
-    def _decoded(self, read: ReadPicture, wanted: "_Wanted") -> Prepared:
-        encoder, side = self._encoder, wanted.background_side
-
-        def needed(size: images.Size) -> list[images.Size]:
-            measurements.current().add_picture(*size, len(read.content))
-            sizes = [encoder.needed(task, size) for task in wanted.tasks]
-            if wanted.thumbnail:
-                sizes.append(images.scaled_down_size(size, images.THUMBNAIL_SIDE))
-            if side is not None:
-                sizes.append(images.scaled_down_size(size, side))
-            return sizes
-
-        # In colour for a model of grey too: thumbnails and maps show the picture as it is.
-        mode: Mode = "RGBA" if encoder.info.picture_mode == "RGBA" else "RGB"
-        decoded = images.decode_reduced(
-            read.content, self.limits, param=read.param, mode=mode, needed=needed
-        )
-        picture, extent = decoded.picture, decoded.extent
-        return Prepared(
-            inputs={t: encoder.prepare(t, picture, extent=extent) for t in wanted.tasks},
-            content_hash=read.content_hash,
-            thumbnail=images.thumbnail(picture) if wanted.thumbnail else None,
-            background=None if side is None else images.scaled_down(picture, side),
-        )
+    def _decoded(self, read: ReadPicture, wanted: Wanted) -> Prepared:
+        return prepare(read, wanted, encoder=self._encoder, limits=self.limits)
 
     async def _run(self, task: Task, prepared: Sequence[Prepared]) -> list[Array]:
         measurements.current().model = self.info.name
@@ -353,17 +364,13 @@ class Vision:
         return self.info.fingerprint, task, content_hash
 
 
+def _background(prepared: Prepared) -> Image.Image:
+    assert prepared.background is not None  # it was wanted
+    return prepared.background
+
+
 def _grey() -> Image.Image:
     return Image.new("RGB", (64, 48), (128, 128, 128))
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """What a picture is decoded for."""
-
-    tasks: tuple[Task, ...]
-    thumbnail: bool = False
-    background_side: int | None = None
 
 
 async def _shared(

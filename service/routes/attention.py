@@ -20,6 +20,7 @@ from service.services import services_of
 
 router = APIRouter(tags=["attention"])
 
+_DEFAULTS = AttentionOptions()
 _LARGEST_DEFAULT = 1024
 _JSON = "application/json"
 _KINDS = {"png": "image/png", "webp": "image/webp", "json": _JSON, "npy": NPY[0]}
@@ -70,17 +71,17 @@ async def attention(request: Request) -> Response:
         request.headers.get("accept", ""), _OFFERED
     )
     vision = await services.vision(info.name)
-    found, decoded = await vision.attention(picture, task, largest=options.size or _LARGEST_DEFAULT)
 
-    def write() -> bytes:
+    def write(found: Array, seen: Image.Image) -> bytes:
         maps, names = _maps(found, options)
         if kind == _JSON:
             return _as_json(maps, names, options, task, info)
         if kind in NPY:
             return npy(maps)
-        return _drawn(maps, names, decoded, options, kind, vision.beside)
+        return _drawn(maps, names, seen, options, kind, vision.beside)
 
-    return Response(await vision.render(write), media_type=kind)
+    largest = options.size or _LARGEST_DEFAULT
+    return Response(await vision.attention(picture, task, write, largest=largest), media_type=kind)
 
 
 def _task(options: AttentionOptions, info: ModelInfo) -> Task:
@@ -134,10 +135,9 @@ def _task(options: AttentionOptions, info: ModelInfo) -> Task:
 def _check_together(options: AttentionOptions) -> None:
     attention = options.view == "attention"
     chosen = "rollout" if attention and options.rollout else f"view={options.view}"
-    defaults = AttentionOptions()
     for name in _MEANINGLESS.get(chosen, ()):
         value = getattr(options, name)
-        if value != getattr(defaults, name):
+        if value != getattr(_DEFAULTS, name):
             raise RequestError(
                 f"{name} is {value!r}, which means nothing with {chosen}; leave one of them out",
                 code="incompatible_options",

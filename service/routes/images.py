@@ -19,6 +19,7 @@ from service import uploads
 from service.encoded import EncodedPicture
 from service.encoder import Task
 from service.errors import ImageError, RequestError
+from service.prepared import Prepared
 from service.routes.openapi import (
     ERRORS,
     CollectionName,
@@ -42,7 +43,7 @@ from service.schemas import (
 )
 from service.services import Served, Services
 from service.together import all_or_none
-from service.vision import Prepared, Vision
+from service.vision import Vision
 
 router = APIRouter(prefix="/v1/collections", tags=["collections"], responses=ERRORS)
 
