@@ -201,14 +201,9 @@ class Batcher(Generic[Item, Result]):
         with self._lock:
             if self._closed or self._waiting or self._free < 0:
                 return False
-            if own is not None:
-                if not self._idle or own in self._lent:
-                    return False
-                self._lent[own] = work
-                return True
-            if len(self._idle) < 2:
+            if len(self._idle) < (2 if own is None else 1) or own in self._lent:
                 return False
-            thread = min(self._idle)
+            thread = min(self._idle) if own is None else own
             self._idle.discard(thread)
             self._lent[thread] = work
             self._turns[thread].notify()

@@ -26,7 +26,7 @@ class DecodePool:
         threads: pieces of work done at once, and one more where a lone one was lent out.
         max_pictures: most pieces of work that wait or are done; more are refused.
         max_bytes: most encoded bytes that these hold together.
-        helper: takes parts of a piece of work that is alone; for `beside`, and closed with this.
+        helper: for `both`; closed with this.
         observe: is told how many seconds each piece of work took, in its thread.
 
     Attributes:
@@ -127,15 +127,15 @@ class DecodePool:
         running.add_done_callback(free)
         return running
 
-    def beside(self, work: Callable[[], T]) -> Callable[[], T]:
-        """Has a part of what a thread is doing done by another one, where nothing else is to do.
+    def both(self, one: Callable[[], T], other: Callable[[], T]) -> tuple[T, T]:
+        """Two parts of a piece of work; side by side where nothing else is done or waits.
 
-        Returns:
-            What gives the result; see `Helper.begin`.
+        Raises:
+            Exception: see `Helper.both`.
         """
         if self._helper is None or self.pictures > 1:
-            return work
-        return self._helper.begin(work)
+            return one(), other()
+        return self._helper.both(one, other)
 
     def close(self) -> None:
         """Finishes what waits, then ends the threads."""

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from backbone.descriptors import mass_mask
 from service import png
 from service.errors import RequestError
-from service.png import Beside, Rows, later, rows_of
+from service.png import Both, Rows, in_turn, rows_of
 from service.torch_threads import torch_threads
 
 Colormap = Literal["viridis", "inferno", "magma", "plasma", "cividis", "turbo", "jet", "gray"]
@@ -56,13 +56,13 @@ def draw(
     style: Style,
     *,
     labels: Sequence[str] = (),
-    beside: Beside = later,
+    both: Both = in_turn,
 ) -> bytes:
     """Maps [A, h, w] over the picture, in its own aspect ratio; a grid where A > 1.
 
     Args:
         labels: for each map, what is written in its corner; none where empty.
-        beside: see `png.encode`.
+        both: see `png.encode`.
 
     Raises:
         RequestError: a grid that is too large for the format.
@@ -70,16 +70,16 @@ def draw(
     background = _background(picture, style)
     painted = [_over(background, _heat(one, background.size, style), style) for one in maps]
     if len(maps) == 1 and not labels:
-        return _encoded(background.size, painted[0], style.format, beside)
+        return _encoded(background.size, painted[0], style.format, both)
     tiles = [rows(0, background.height) for rows in painted]
     for tile, label in zip(tiles, labels, strict=False):
         _write(tile, label)
     sheet = _sheet(tiles)
-    return _encoded(sheet.size, rows_of(sheet), style.format, beside)
+    return _encoded(sheet.size, rows_of(sheet), style.format, both)
 
 
 def draw_components(
-    components: Maps, picture: Image.Image, style: Style, *, beside: Beside = later
+    components: Maps, picture: Image.Image, style: Style, *, both: Both = in_turn
 ) -> bytes:
     """Three maps [3, h, w] as red, green and blue, each from its least to its greatest value."""
     background = _background(picture, style)
@@ -90,7 +90,7 @@ def draw_components(
         return Image.fromarray((np.stack(found, axis=-1) * 255.0).round().astype(np.uint8))
 
     painted = _over(background, colours, style)
-    return _encoded(background.size, painted, style.format, beside)
+    return _encoded(background.size, painted, style.format, both)
 
 
 def stretched(values: Maps) -> Maps:
@@ -104,6 +104,8 @@ def stretched(values: Maps) -> Maps:
 def _background(picture: Image.Image, style: Style) -> Image.Image:
     scale = style.size / max(picture.size)
     width, height = (max(1, round(side * scale)) for side in picture.size)
+    if picture.size == (width, height):
+        return picture
     return picture.resize((width, height), Image.Resampling.BICUBIC)
 
 
@@ -171,9 +173,9 @@ def _sheet(tiles: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def _encoded(size: tuple[int, int], rows: Rows, kind: PictureFormat, beside: Beside) -> bytes:
+def _encoded(size: tuple[int, int], rows: Rows, kind: PictureFormat, both: Both) -> bytes:
     if kind == "png":
-        return png.encode(size, rows, beside=beside)
+        return png.encode(size, rows, both=both)
     width, height = size
     if max(size) > _WEBP_SIDE:
         raise RequestError(

@@ -1,11 +1,11 @@
-"""A thread that takes a part of another one's work, on another core."""
+"""A second thread for one piece of work, on another core."""
 
 import ctypes
 import os
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -15,50 +15,62 @@ _this_core: Callable[[], int] = ctypes.CDLL(None).sched_getcpu if _IS_LINUX else
 
 
 class Helper:
-    """Does one piece of work at a time beside a thread that goes on with its own.
+    """Does a part of what another thread is doing; one thread at a time has it.
 
-    It is kept off the core of the thread that asks. By itself Linux wakes a thread where it ran
-    last, which may be there, and some kernels look for no idle core then: the two would take turns.
+    Meanwhile each of the two keeps to a core of its own. By itself Linux wakes a thread where it
+    ran last or where it is woken from, and some kernels look for no idle core then: the two would
+    take turns on one.
     """
 
     def __init__(self) -> None:
-        self._is_busy = threading.Lock()
-        self._number: int | None = None  # the system's, of the thread
+        self._is_free = threading.Lock()
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="helper")
+        self._thread = self._executor.submit(threading.get_native_id).result()
 
-        def begin() -> None:
-            self._number = threading.get_native_id()
+    def both(self, one: Callable[[], T], other: Callable[[], T]) -> tuple[T, T]:
+        """The results of both: `other` is done by the calling thread, `one` by the helper.
 
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="helper", initializer=begin)
+        Where the helper has other work, or has not begun when `other` is done, the calling thread
+        does both.
 
-    def begin(self, work: Callable[[], T]) -> Callable[[], T]:
-        """Has `work` done, if the helper is free.
-
-        Returns:
-            What gives the result. It is not waited for where the helper has not begun, or is doing
-            something else: the calling thread does the work then.
+        Raises:
+            Exception: what one of them raised; neither is under way any more.
         """
-        if not self._is_busy.acquire(blocking=False):
-            return work
+        if not self._is_free.acquire(blocking=False):
+            return one(), other()
         try:
-            self._keep_off_this_core()
-            running = self._executor.submit(work)
-        except RuntimeError:  # closed: what is under way is finished without it
-            self._is_busy.release()
-            return work
-        running.add_done_callback(self._free)
-        return lambda: work() if running.cancel() else running.result()
+            with self._apart():
+                try:
+                    running = self._executor.submit(one)
+                except RuntimeError:  # closed: what is under way is finished without it
+                    return one(), other()
+                try:
+                    found = other()
+                finally:
+                    has_begun = not running.cancel()
+                    if has_begun:
+                        wait([running])
+                return (running.result() if has_begun else one()), found
+        finally:
+            self._is_free.release()
 
     def close(self) -> None:
         """Ends the thread when it has finished."""
         self._executor.shutdown()
 
-    def _free(self, _: "Future[T]") -> None:
-        self._is_busy.release()
-
-    def _keep_off_this_core(self) -> None:
-        if self._number is None or not _IS_LINUX:
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        if not _IS_LINUX:
+            yield
             return
-        others = os.sched_getaffinity(0) - {_this_core()}
-        if others:
-            with suppress(OSError):  # a sandbox may forbid it: then the system chooses
-                os.sched_setaffinity(self._number, others)
+        cores, this = os.sched_getaffinity(0), {_this_core()}
+        if cores > this:
+            # A sandbox may forbid it, or the cores have changed: the system chooses then.
+            with suppress(OSError):
+                os.sched_setaffinity(self._thread, cores - this)
+                os.sched_setaffinity(0, this)
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                os.sched_setaffinity(0, cores)

@@ -76,15 +76,15 @@ def fail(job: Job[Item, Result], error: Exception) -> None:
 async def result_of(
     putting: "Future[Sequence[Job[Item, Result]]]",
     *,
-    then: "Callable[[Result], Future[Any]] | None" = None,
+    then: "Callable[[Result], Future[Any] | None]" = lambda _: None,
 ) -> Result:
     """Waits for a thread that puts one job, and for its result; wakes the event loop once.
 
     Who gives up waiting may have it put none.
 
     Args:
-        then: begins what is to be done with the result, in the thread that computed it; that is
-            waited for, too, but its outcome is not looked at. It raises nothing.
+        then: may begin more with the result, in the thread that computed it; that is waited for,
+            too, but its outcome is not looked at. It raises nothing.
 
     Raises:
         Exception: what putting it raised, or the job's own error.
@@ -101,10 +101,9 @@ async def result_of(
             loop.call_soon_threadsafe(end)
 
     def was_computed(computed: "Future[Result]") -> None:
-        if then is None or computed.cancelled() or computed.exception() is not None:
-            tell(computed)
-        else:
-            then(computed.result()).add_done_callback(tell)
+        is_there = not computed.cancelled() and computed.exception() is None
+        more = then(computed.result()) if is_there else None
+        (more or computed).add_done_callback(tell)
 
     def was_put(putting: "Future[Sequence[Job[Item, Result]]]") -> None:
         found = [] if putting.cancelled() or putting.exception() is not None else putting.result()

@@ -8,7 +8,6 @@ import struct
 import zlib
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -25,21 +24,21 @@ _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _DEFLATE = b"\x78\x01"  # what follows is compressed, with a window of 32 KiB, fast
 _UP = 2  # the filter: each byte less the one above it, modulo 256
 _LEVEL = 2
-_WORTH_IT = 2**16  # pixels of a band, at least: fewer are sooner compressed than handed over
-_MOST_ROWS = 512  # of a band, so that a large picture is not held three times
+_MOST_ROWS = 1024  # at a time, so that a large picture is not held three times
+_WORTH_IT = 2**17  # pixels, at least: fewer are sooner compressed than handed over
 _ADLER = 65521  # the largest prime below 2^16
 
 
-class Beside(Protocol):
-    """Has work done beside what the caller goes on with."""
+class Both(Protocol):
+    """Does two pieces of work side by side."""
 
-    def __call__(self, work: Callable[[], T]) -> Callable[[], T]:
-        """What gives its result; it does the work itself where nobody has begun with it."""
+    def __call__(self, one: Callable[[], T], other: Callable[[], T]) -> tuple[T, T]:
+        """Their results; `other` is done by the calling thread."""
 
 
-def later(work: Callable[[], T]) -> Callable[[], T]:
-    """`Beside` in one thread."""
-    return work
+def in_turn(one: Callable[[], T], other: Callable[[], T]) -> tuple[T, T]:
+    """`Both` in one thread."""
+    return one(), other()
 
 
 def rows_of(picture: Image.Image) -> Rows:
@@ -47,31 +46,36 @@ def rows_of(picture: Image.Image) -> Rows:
     return lambda top, bottom: picture.crop((0, top, picture.width, bottom))
 
 
-def encode(size: tuple[int, int], rows: Rows, *, beside: Beside = later) -> bytes:
+def encode(size: tuple[int, int], rows: Rows, *, both: Both = in_turn) -> bytes:
     """A lossless PNG of 8 bits for each of red, green and blue.
 
     Args:
         size: width and height in pixels.
         rows: makes a part of the picture; they are asked for from the top down.
-        beside: has every other band compressed; only that, because it alone needs nothing of the
-            interpreter's lock, which threads hand to each other more slowly than they paint.
+        both: has a band compressed while the next one is painted and compressed; that alone,
+            because it needs nothing of the interpreter's lock, which threads hand to each other
+            more slowly than they paint.
 
     Raises:
         ValueError: rows of another mode than RGB.
     """
     width, height = size
-    count = max(min(2, height, width * height // _WORTH_IT), -(-height // _MOST_ROWS))
-    edges = [height * i // count for i in range(count + 1)]
+    count = -(-height // _MOST_ROWS)
     bands: list[_Band] = []
-    coming: list[Callable[[], _Band]] = []
-    for i, (top, bottom) in enumerate(pairwise(edges)):
-        compress = partial(_compressed, _filtered(rows(top, bottom)), is_last=bottom == height)
-        if i % 2 == 0 and bottom < height:
-            coming = [beside(compress)]
-        else:
-            own = compress()
-            bands += [*(get() for get in coming), own]
-            coming = []
+
+    def painted(top: int, bottom: int) -> Callable[[], _Band]:
+        return partial(_compressed, _filtered(rows(top, bottom)), is_last=bottom == height)
+
+    def finished(top: int, bottom: int) -> _Band:
+        return painted(top, bottom)()
+
+    for i in range(count):
+        top, bottom = height * i // count, height * (i + 1) // count
+        if (bottom - top) * width < _WORTH_IT:
+            bands.append(finished(top, bottom))
+            continue
+        middle = (top + bottom) // 2
+        bands += both(painted(top, middle), partial(finished, middle, bottom))
     adler = 1
     for band in bands:
         adler = _joined(adler, band.adler, band.length)

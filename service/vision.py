@@ -16,12 +16,7 @@ from service.batcher import Batcher
 from service.deadlines import DeadlineExceeded, WaitedTooLong
 from service.decode_pool import DecodePool
 from service.encoded import QUICKLY_HASHED, EncodedPicture, ReadPicture
-from service.encoder import (
-    Array,
-    Encoder,
-    ModelInfo,
-    Task,
-)
+from service.encoder import Array, Encoder, ModelInfo, Task
 from service.errors import ImageError
 from service.fetching import Fetcher
 from service.jobs import Job, QueueFull, note_times, result_of
@@ -187,9 +182,9 @@ class Vision:
             self.cache.get(self._key(task, one.content_hash))
         return await self._run(task, prepared)
 
-    def beside(self, work: Callable[[], T]) -> Callable[[], T]:
-        """A part of what `draw` is doing, for `attention`; see `DecodePool.beside`."""
-        return self._pool.beside(work)
+    def both(self, one: Callable[[], T], other: Callable[[], T]) -> tuple[T, T]:
+        """Two parts of what `draw` is doing, for `attention`; see `DecodePool.both`."""
+        return self._pool.both(one, other)
 
     def warm_up(self) -> None:
         """Runs each task, so that the first request finds everything loaded."""
@@ -242,6 +237,7 @@ class Vision:
         batcher, asked, context = self.batcher, time.monotonic(), contextvars.copy_context()
         jobs: list[Job[Array, Array]] = []
         found: list[Prepared] = []  # where it is needed later
+        begun: list[Future[Any]] = []
         is_wanted, has_come = True, batcher.expect()
 
         def work(read: ReadPicture) -> Sequence[Job[Array, Array]]:
@@ -259,13 +255,11 @@ class Vision:
                 batcher.withdraw(jobs)
             return jobs
 
-        def go_on(result: Array) -> Future[Any]:
+        def go_on(result: Array) -> Future[Any] | None:
             if then is not None and is_wanted:
                 with suppress(QueueFull):  # the request asks again, and is told
-                    return context.run(then, result, found.pop())
-            nothing = Future[None]()
-            nothing.set_result(None)
-            return nothing
+                    begun.append(context.run(then, result, found.pop()))
+            return begun[0] if begun else None
 
         def has_begun() -> bool:
             return not putting.cancel() and all(job.started is not None for job in jobs)
@@ -283,11 +277,13 @@ class Vision:
             async with deadlines.before(
                 request.deadline, has_begun=has_begun, retry_after_s=retry_after_s
             ):
-                result = await result_of(putting, then=None if then is None else go_on)
+                result = await result_of(putting, then=go_on)
         finally:
             is_wanted = False
             has_come()
             batcher.withdraw(jobs)
+            for one in begun:
+                one.cancel()
             note_times(jobs)
         self.cache.put(key, result)
         return result

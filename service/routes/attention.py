@@ -11,7 +11,7 @@ from service.encoded import EncodedPicture
 from service.encoder import Array, AttentionTask, ModelInfo, Task, TokensTask
 from service.errors import RequestError
 from service.model_schemas import AttentionAnswer, AttentionOptions, AttentionRequest
-from service.png import Beside
+from service.png import Both
 from service.routes.embeddings import npy
 from service.routes.negotiation import NPY, preferred
 from service.routes.openapi import PICTURE_ERRORS, binary, picture_body
@@ -78,7 +78,7 @@ async def attention(request: Request) -> Response:
             return _as_json(maps, names, options, task, info)
         if kind in NPY:
             return npy(maps)
-        return _drawn(maps, names, seen, options, kind, vision.beside)
+        return _drawn(maps, names, seen, options, kind, vision.both)
 
     largest = options.size or _LARGEST_DEFAULT
     return Response(await vision.attention(picture, task, write, largest=largest), media_type=kind)
@@ -189,7 +189,7 @@ def _drawn(
     picture: Image.Image,
     options: AttentionOptions,
     kind: str,
-    beside: Beside,
+    both: Both,
 ) -> bytes:
     style = heatmaps.Style(
         colormap=options.colormap,
@@ -199,8 +199,8 @@ def _drawn(
         format="webp" if kind == "image/webp" else "png",
     )
     if options.view == "pca":
-        return heatmaps.draw_components(maps, picture, style, beside=beside)
+        return heatmaps.draw_components(maps, picture, style, both=both)
     if options.view == "similarity":
         maps = heatmaps.stretched(maps)
     labels = [str(name) for name in names] if options.head == "all" else []
-    return heatmaps.draw(maps, picture, style, labels=labels, beside=beside)
+    return heatmaps.draw(maps, picture, style, labels=labels, both=both)

@@ -1,12 +1,13 @@
 """Which of several media types an answer is given in."""
 
-from collections.abc import Sequence
+from functools import lru_cache
 
 NPY = ("application/x-npy", "application/octet-stream")
 """One array as a NumPy .npy file, without pickle."""
 
 
-def preferred(accept: str, offered: Sequence[str]) -> str:
+@lru_cache(maxsize=64)
+def preferred(accept: str, offered: tuple[str, ...]) -> str:
     """The offered media type that an `Accept` header likes best (RFC 9110, section 12.5.1).
 
     Of equal weights a type that is named wins over a pattern, then the one that is offered first.

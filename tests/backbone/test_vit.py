@@ -71,6 +71,23 @@ def test_positions_have_the_grids_size_whatever_it_is(side: int) -> None:
     assert vit.positions(side, 2 * side).shape == (1, 1 + 2 * side * side, 12)
 
 
+def test_positions_of_small_grids_are_kept_where_weights_are_fixed() -> None:
+    vit = network(image_size=8 * 7)
+    with torch.no_grad():
+        made = vit.positions(3, 5)
+        assert vit.positions(3, 5) is not made
+        vit.fixed_weights = True
+        kept = vit.positions(3, 5)
+        assert torch.equal(kept, made)
+        assert vit.positions(3, 5) is kept
+        assert not torch.equal(vit.positions(5, 3), kept)
+        assert vit.positions(16, 17) is not vit.positions(16, 17)  # many patches
+        for side in range(1, 100):
+            vit.positions(1, side)
+        assert len(vit._kept_positions) == 64
+        assert torch.equal(vit.positions(3, 5), made)
+
+
 def test_patches_run_row_by_row() -> None:
     vit = network(depth=1)
     pictures = torch.zeros(1, 3, 16, 24)

@@ -7,6 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from service.decode_pool import DecodePool
+from service.helper import Helper
 from service.jobs import QueueFull
 from service.settings import Settings
 from tests.service.fakes import PATIENCE_S
@@ -146,34 +147,37 @@ async def test_work_that_nobody_takes_is_done_here(pool: DecodePool, held: Held)
     assert await asyncio.wrap_future(pool.start(held, lend=lambda _: False)) == 1
 
 
-async def test_a_part_is_done_by_a_thread_that_is_free(pool: DecodePool, held: Held) -> None:
-    names: list[str] = []
+async def test_work_that_is_alone_has_two_threads(held: Held) -> None:
+    pool = DecodePool(1, max_pictures=3, max_bytes=100, helper=Helper())
+    has_begun = threading.Event()
 
-    def part() -> int:
-        names.append(threading.current_thread().name)
-        return 5
+    def one() -> str:
+        has_begun.set()
+        return threading.current_thread().name
 
-    def failing() -> int:
-        raise ValueError("bad part")
+    def other() -> str:
+        assert has_begun.wait(PATIENCE_S)
+        return threading.current_thread().name
 
-    assert pool.beside(part)() == 5
-    get = pool.beside(failing)
-    with pytest.raises(ValueError, match="bad part"):
-        get()
-    running = asyncio.ensure_future(pool.run(held))
+    assert await pool.run(lambda: pool.both(one, other)) == ("helper_0", "decode_0")
+
+    def when_let_go() -> tuple[str, str]:
+        held()
+        return pool.both(one, other)
+
+    running = asyncio.ensure_future(pool.run(when_let_go))
     await asyncio.to_thread(held.started.acquire)
-    assert pool._executor._work_queue.empty()
-    names.clear()
-    assert pool.beside(part)() == 5  # the only thread is busy
-    assert names == [threading.current_thread().name]
-    assert pool._executor._work_queue.empty()  # nothing is held there for later
+    waiting = asyncio.ensure_future(pool.run(has_begun.clear))
+    await asyncio.sleep(0)
     held.gate.set()
-    await running
-    names.clear()
-    get = pool.beside(part)
-    while not names:
-        await asyncio.sleep(0)
-    assert get() == 5
-    assert names == ["decode_0"]
+    assert await running == ("decode_0", "decode_0")
+    await waiting
+    assert await pool.run(lambda: pool.both(one, other)) == ("helper_0", "decode_0")
     pool.close()
-    assert pool.beside(part)() == 5  # of a drawing that is finished
+    assert pool._helper is not None
+    assert not any(thread.is_alive() for thread in pool._helper._executor._threads)
+
+
+async def test_without_a_helper_one_thread_does_both(pool: DecodePool) -> None:
+    names = await pool.run(lambda: pool.both(threading.get_ident, threading.get_ident))
+    assert names[0] == names[1]

@@ -137,3 +137,121 @@ async def test_a_thread_that_is_lent_is_finished_before_the_batcher_closes(make:
     gate.set()
     assert batcher.close(timeout_s=PATIENCE_S)
     assert refused.is_set()
+
+
+async def asked_by_itself(
+    batcher: Batcher[int, Any], model: Model, work: Callable[[], None]
+) -> tuple[bool, str]:
+    """Whether the thread that computes an item does `work`, and that thread's name."""
+    model.gate.clear()
+    (job,) = batcher.put("a", [5])
+    answers: list[bool] = []
+    job.future.add_done_callback(lambda _: answers.append(batcher.lend(work)))
+    await model.wait_until_busy()
+    model.gate.set()
+    assert await batcher.results([job]) == [("a", 5)]
+    return answers[0], model.threads[-1]
+
+
+async def test_a_thread_of_the_model_does_what_it_asks_for(make: Any, model: Model) -> None:
+    batcher = make(threads=2)
+    gate, doers = threading.Event(), list[str]()
+
+    def work() -> None:
+        assert gate.wait(PATIENCE_S)
+        doers.append(threading.current_thread().name)
+
+    for i in range(5):
+        await until_idle(batcher)
+        is_lent, thread = await asked_by_itself(batcher, model, work)
+        assert is_lent
+        assert not batcher.is_idle
+        assert await batcher.submit("a", [1]) == [("a", 1)]  # by the other one
+        assert model.threads[-1] == "model_1"
+        gate.set()
+        await until_idle(batcher)
+        gate.clear()
+        assert doers == [thread] * (i + 1) == ["model_0"] * (i + 1)
+
+
+async def test_what_came_before_it_began_is_another_threads(make: Any, model: Model) -> None:
+    batcher = make(threads=2, enough=9)
+    gate = threading.Event()
+    await until_idle(batcher)
+    batcher.expect()
+    model.gate.clear()
+    (job,) = batcher.put("a", [0])
+    others: list[Any] = []
+
+    def ask(_: object) -> None:
+        assert batcher.lend(lambda: gate.wait(PATIENCE_S) and None)
+        others.extend(batcher.put("a", [1]))  # which waits while a batch runs, and one is expected
+
+    job.future.add_done_callback(ask)
+    await model.wait_until_busy()
+    model.gate.set()
+    await batcher.results([job])
+    assert await batcher.results(others) == [("a", 1)]
+    assert model.threads == ["model_0", "model_1"]
+    gate.set()
+
+
+@pytest.mark.parametrize("why", ["one thread", "none free", "waiting", "twice", "closed"])
+async def test_it_does_not_do_it_where_others_may_need_it(
+    make: Any, model: Model, why: str
+) -> None:
+    batcher = make(threads=1 if why == "one thread" else 2, enough=9)
+    await until_idle(batcher)
+    model.gate.clear()
+    gate = threading.Event()
+    if why == "none free":
+        assert await put_by(batcher, lambda: gate.wait(PATIENCE_S) and None)
+    (job,) = batcher.put("a", [5])
+    answers: list[bool] = []
+    done: list[int] = []
+
+    def ask(_: object) -> None:
+        if why == "waiting":
+            batcher.expect()
+            batcher.expect()
+            batcher.put("a", [6])
+        if why == "closed":
+            threading.Thread(target=batcher.close).start()
+            while not batcher._closed:
+                pass
+        answers.append(batcher.lend(lambda: done.append(1)))
+        if why == "twice":
+            answers.append(batcher.lend(lambda: done.append(2)))
+
+    job.future.add_done_callback(ask)
+    await model.wait_until_busy()
+    model.gate.set()
+    await batcher.results([job])
+    gate.set()
+    await until_idle(batcher)
+    assert answers == ([True, False] if why == "twice" else [False])
+    assert done == ([1] if why == "twice" else [])
+
+
+async def test_what_a_thread_was_asked_for_is_done_though_it_dies(
+    make: Any, model: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    batcher = make(threads=2)
+    await until_idle(batcher)
+    done = threading.Event()
+
+    class Death(BaseException):
+        pass
+
+    def ask(_: object) -> None:
+        assert batcher.lend(done.set)
+        raise Death
+
+    model.gate.clear()
+    (job,) = batcher.put("a", [5])
+    job.future.add_done_callback(ask)
+    model.gate.set()
+    assert await asyncio.to_thread(job.future.result, PATIENCE_S) == ("a", 5)
+    assert await asyncio.to_thread(done.wait, PATIENCE_S)
+    assert batcher.close(timeout_s=PATIENCE_S)
+    assert "a thread of the model ended" in caplog.text

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from service import png
-from service.decode_pool import DecodePool
+from service.helper import Helper
 
 
 def encode(picture: Image.Image) -> bytes:
@@ -34,22 +34,22 @@ def test_the_picture_comes_back(size: tuple[int, int], kind: str) -> None:
     Image.open(io.BytesIO(content)).verify()  # the checksums
 
 
-@pytest.mark.parametrize("size", [(500, 375), (40, 1600), (40, 2048), (300, 100)])
+@pytest.mark.parametrize("size", [(500, 375), (200, 1600), (500, 2048), (300, 100)])
 def test_bands_that_others_compress_make_the_same_file(size: tuple[int, int]) -> None:
     width, height = size
     noise = np.random.default_rng(0).integers(256, size=(height, width, 3)).astype(np.uint8)
     rows = png.rows_of(Image.fromarray(noise))
-    pool = DecodePool(2, max_pictures=9, max_bytes=1)
+    helper = Helper()
     parts: list[object] = []
 
-    def beside(work: Any) -> Any:
-        parts.append(work)
-        return pool.beside(work)
+    def both(one: Any, other: Any) -> Any:
+        parts.append(one)
+        return helper.both(one, other)
 
     try:
-        assert png.encode(size, rows, beside=beside) == png.encode(size, rows)
+        assert png.encode(size, rows, both=both) == png.encode(size, rows)
     finally:
-        pool.close()
+        helper.close()
     assert len(parts) == {375: 1, 1600: 2, 2048: 2, 100: 0}[height]
 
 
