@@ -92,6 +92,7 @@ def test_serving_beside_its_ceiling_and_litserve() -> None:
     for name in (
         "throughput_vs_ceiling_16",
         "throughput_vs_plain_ceiling_16",
+        "throughput_vs_plain_ceiling_16_as_many",
         *(["throughput_vs_litserve_16", "throughput_vs_litserve_12mp"] if rivals else []),
         "latency_vs_ceiling_1",
         "attention_vs_embedding",
@@ -102,5 +103,6 @@ def test_serving_beside_its_ceiling_and_litserve() -> None:
     assert isinstance(found["search_minus_embedding_ms"], float)
     assert set(found["by_clients"]) == {"1", "4", "16", "64"}
     for kind in ("jpeg", "jpeg_12mp", "png_2mp"):
-        assert set(found["per_s"][kind]) == {"ceiling", "plain ceiling", "service", *rivals}
+        ceilings = ["ceiling", "plain ceiling", "ceiling, as many", "plain ceiling, as many"]
+        assert set(found["per_s"][kind]) == {*ceilings, "service", *rivals}
         assert min(found["per_s"][kind].values()) > 0
