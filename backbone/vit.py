@@ -30,7 +30,7 @@ from backbone.stochastic_depth import (
 AttentionRows = Literal["none", "cls", "full"]
 
 _SMALL_GRID = 256  # patches; of more, the network's own time is much longer
-_GRIDS = 64  # that are kept, at most
+_GRIDS = 16  # that are kept, at most
 _INIT_STD = 0.02
 
 
@@ -195,15 +195,18 @@ class VisionTransformer(nn.Module):
         side = math.isqrt(self.pos_embed.shape[1] - 1)
         if (h, w) == (side, side):
             return self.pos_embed
-        if (h, w) in self._kept_positions:
-            return self._kept_positions[h, w]
+        kept = self._kept_positions.get((h, w))
+        if kept is not None:
+            return kept
         cls, grid = self.pos_embed[:, :1], self.pos_embed[:, 1:]
         grid = grid.reshape(1, side, side, -1).permute(0, 3, 1, 2)
         grid = F.interpolate(
             grid, scale_factor=((h + 0.1) / side, (w + 0.1) / side), mode="bicubic"
         )
         positions = torch.cat((cls, grid.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
-        if self.fixed_weights and h * w <= _SMALL_GRID and len(self._kept_positions) < _GRIDS:
+        if self.fixed_weights and h * w <= _SMALL_GRID:
+            if len(self._kept_positions) >= _GRIDS:
+                self._kept_positions = {}  # anew, for other threads may be looking at it
             self._kept_positions[h, w] = positions
         return positions
 

@@ -287,8 +287,6 @@ class Batcher(Generic[Item, Result]):
             # Not an error of the model's, those are caught: the process has to be told, and ends.
             _log.critical("a thread of the model ended", exc_info=error)
         finally:
-            if thread in self._lent:
-                self._lent.pop(thread)()  # somebody waits for it
             with self._lock:
                 self._running.pop(thread, None)
                 left = [*batch, *self._waiting]
@@ -298,6 +296,8 @@ class Batcher(Generic[Item, Result]):
             for job in left:
                 if job.started is not None or job.future.set_running_or_notify_cancel():
                     fail(job, BatcherClosed("a thread of the model has ended"))
+            if thread in self._lent:
+                self._lent.pop(thread)()  # somebody waits for it
 
     def _next_batch(self, thread: int) -> tuple[list[Job[Item, Result]], int]:
         """The next batch, and how many share the cores.

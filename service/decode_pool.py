@@ -71,8 +71,15 @@ class DecodePool:
             QueueFull: there is no place for it.
             WaitedTooLong, DeadlineExceeded: the request's deadline came first.
         """
+        return await self.result_of(self.start(work, held_bytes=held_bytes))
+
+    async def result_of(self, running: "Future[T]") -> T:
+        """Waits for what `start` gave, and cancels it where the caller goes away.
+
+        Raises:
+            WaitedTooLong, DeadlineExceeded: see `run`.
+        """
         asked = time.monotonic()
-        running = self.start(work, held_bytes=held_bytes)
         async with deadlines.before(
             measurements.current().deadline,
             has_begun=lambda: not running.cancel(),
@@ -128,7 +135,7 @@ class DecodePool:
         return running
 
     def both(self, one: Callable[[], T], other: Callable[[], T]) -> tuple[T, T]:
-        """Two parts of a piece of work; side by side where nothing else is done or waits.
+        """Two parts of a piece of work; side by side where nothing else is done or waits here.
 
         Raises:
             Exception: see `Helper.both`.

@@ -11,7 +11,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _IS_LINUX = hasattr(os, "sched_setaffinity")
-_this_core: Callable[[], int] = ctypes.CDLL(None).sched_getcpu if _IS_LINUX else lambda: -1
+_this_core: Callable[[], int] = ctypes.PyDLL(None).sched_getcpu if _IS_LINUX else lambda: -1
 
 
 class Helper:
@@ -23,7 +23,7 @@ class Helper:
     """
 
     def __init__(self) -> None:
-        self._is_free = threading.Lock()
+        self._is_free, self._is_closed = threading.Lock(), False
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="helper")
         self._thread = self._executor.submit(threading.get_native_id).result()
 
@@ -39,11 +39,10 @@ class Helper:
         if not self._is_free.acquire(blocking=False):
             return one(), other()
         try:
+            if self._is_closed:  # what is under way is finished without it
+                return one(), other()
             with self._apart():
-                try:
-                    running = self._executor.submit(one)
-                except RuntimeError:  # closed: what is under way is finished without it
-                    return one(), other()
+                running = self._executor.submit(one)
                 try:
                     found = other()
                 finally:
@@ -56,6 +55,8 @@ class Helper:
 
     def close(self) -> None:
         """Ends the thread when it has finished."""
+        with self._is_free:
+            self._is_closed = True
         self._executor.shutdown()
 
     @contextmanager

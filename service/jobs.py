@@ -2,10 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from service import measurements
 
@@ -73,18 +73,10 @@ def fail(job: Job[Item, Result], error: Exception) -> None:
         job.future.set_exception(error)
 
 
-async def result_of(
-    putting: "Future[Sequence[Job[Item, Result]]]",
-    *,
-    then: "Callable[[Result], Future[Any] | None]" = lambda _: None,
-) -> Result:
+async def result_of(putting: "Future[Sequence[Job[Item, Result]]]") -> Result:
     """Waits for a thread that puts one job, and for its result; wakes the event loop once.
 
     Who gives up waiting may have it put none.
-
-    Args:
-        then: may begin more with the result, in the thread that computed it; that is waited for,
-            too, but its outcome is not looked at. It raises nothing.
 
     Raises:
         Exception: what putting it raised, or the job's own error.
@@ -100,17 +92,12 @@ async def result_of(
         if not loop.is_closed():
             loop.call_soon_threadsafe(end)
 
-    def was_computed(computed: "Future[Result]") -> None:
-        is_there = not computed.cancelled() and computed.exception() is None
-        more = then(computed.result()) if is_there else None
-        (more or computed).add_done_callback(tell)
-
     def was_put(putting: "Future[Sequence[Job[Item, Result]]]") -> None:
         found = [] if putting.cancelled() or putting.exception() is not None else putting.result()
         if not found:
             tell(putting)
         for job in found:
-            job.future.add_done_callback(was_computed)
+            job.future.add_done_callback(tell)
 
     putting.add_done_callback(was_put)
     try:

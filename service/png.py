@@ -71,7 +71,7 @@ def encode(size: tuple[int, int], rows: Rows, *, both: Both = in_turn) -> bytes:
 
     for i in range(count):
         top, bottom = height * i // count, height * (i + 1) // count
-        if (bottom - top) * width < _WORTH_IT:
+        if (bottom - top) * width < _WORTH_IT or bottom - top < 2:
             bands.append(finished(top, bottom))
             continue
         middle = (top + bottom) // 2

@@ -15,10 +15,13 @@ class Wanted:
     """What a picture is decoded for.
 
     Attributes:
+        sized_for: tasks for which it is decoded large enough, though they need no inputs: what
+            else is made of it is the same then.
         background_side: long side in pixels, at most, of `Prepared.background`.
     """
 
     tasks: tuple[Task, ...]
+    sized_for: tuple[Task, ...] = ()
     thumbnail: bool = False
     background_side: int | None = None
 
@@ -50,7 +53,7 @@ def prepare(
 
     def needed(size: images.Size) -> list[images.Size]:
         measurements.current().add_picture(*size, len(read.content))
-        sizes = [encoder.needed(task, size) for task in wanted.tasks]
+        sizes = [encoder.needed(task, size) for task in (*wanted.tasks, *wanted.sized_for)]
         if wanted.thumbnail:
             sizes.append(images.scaled_down_size(size, images.THUMBNAIL_SIDE))
         if side is not None:

@@ -2,12 +2,16 @@
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+from service import measurements
+from service.deadlines import DeadlineExceeded, WaitedTooLong
+from service.errors import ImageError
 
 Array = npt.NDArray[np.float32]
 Key = TypeVar("Key", bound=Hashable)
@@ -142,3 +146,35 @@ class _Flight(Generic[Result]):
     task: "asyncio.Future[Sequence[Result]]"
     keys: Sequence[Any]
     waiters: int = 0
+
+
+async def shared(
+    flights: Flights[Hashable, Result],
+    key: Hashable,
+    compute: Callable[[], Awaitable[Result]],
+    param: str,
+) -> Result:
+    """What another request is computing under that key, or `compute()` where none is.
+
+    What fails for that request alone (its deadline came, or the error names the place of a picture
+    there, which is another than `param`) is tried anew. `compute` is called once at most.
+    """
+    while True:
+        is_own = False
+
+        async def work(_: Sequence[int]) -> list[Result]:
+            nonlocal is_own
+            is_own = True
+            return [await compute()]
+
+        try:
+            (result,) = await flights.share([key], work)
+        except ImageError as error:
+            if is_own or error.param == param:
+                raise
+            return await compute()
+        except (WaitedTooLong, DeadlineExceeded):
+            if is_own or measurements.current().is_late:
+                raise
+        else:
+            return result

@@ -7,24 +7,22 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from PIL import Image
 
 from service import deadlines, images, measurements
 from service.batcher import Batcher
-from service.deadlines import DeadlineExceeded, WaitedTooLong
 from service.decode_pool import DecodePool
 from service.encoded import QUICKLY_HASHED, EncodedPicture, ReadPicture
 from service.encoder import Array, Encoder, ModelInfo, Task
-from service.errors import ImageError
 from service.fetching import Fetcher
 from service.jobs import Job, QueueFull, note_times, result_of
 from service.memory import is_out_of_memory
 from service.metrics import Metrics
 from service.model_batches import batch_kind, enough_for, runner
 from service.prepared import Prepared, Wanted, prepare
-from service.sharing import Flights, ResultCache
+from service.sharing import Flights, ResultCache, shared
 from service.together import all_or_none, first_error_of
 
 T = TypeVar("T")
@@ -132,26 +130,41 @@ class Vision:
             Exception: see `encode`, and what `draw` raised.
         """
         read, kept = await self._kept(task, picture)
-        key, first, drawings = self._key(task, read.content_hash), [read], list[Future[T]]()
+        key, first = self._key(task, read.content_hash), [read]
         del read  # see `_encode_one`
+        backgrounds: list[Image.Image] = []
+        drawings: list[Future[T]] = []
+        is_wanted = True
 
-        def then(result: Array, prepared: Prepared) -> Future[Any]:
-            work = partial(draw, result, _background(prepared))
-            drawings.append(self._pool.start(work, lend=self.batcher.lend))
-            return drawings[0]
+        def then(result: Array, prepared: Prepared) -> None:
+            backgrounds.append(_background(prepared))
+            if is_wanted:
+                work = partial(draw, result, backgrounds[0])
+                with suppress(QueueFull):  # asked again below, and told
+                    drawings.append(self._pool.start(work, lend=self.batcher.lend))
+            if not is_wanted:  # by now
+                cancel()
+
+        def cancel() -> None:
+            for one in drawings:
+                one.cancel()
 
         def compute() -> Awaitable[Array]:
             wanted = Wanted((task,), background_side=largest)
             return self._compute(wanted, first.pop(), then)
 
-        if kept is None:
-            kept = await _shared(self._running, key, compute, picture.param)
-        if drawings:
-            return drawings[0].result()
-        # It was kept, or another request's, who may have had it drawn in another way.
-        left = first.pop() if first else await self._read(picture)
-        prepared = await self._prepare(left, Wanted((), background_side=largest))
-        return await self._pool.run(partial(draw, kept, _background(prepared)))
+        try:
+            if kept is None:
+                kept = await shared(self._running, key, compute, picture.param)
+            if drawings:
+                return await self._pool.result_of(drawings[0])
+            if not backgrounds:  # the result was kept, or is another request's
+                wanted = Wanted((), sized_for=(task,), background_side=largest)
+                backgrounds.append(_background(await self._prepare(first.pop(), wanted)))
+            return await self._pool.run(partial(draw, kept, backgrounds[0]))
+        finally:
+            is_wanted = False
+            cancel()
 
     async def prepare(
         self,
@@ -170,7 +183,7 @@ class Vision:
             ImageError: a picture that cannot be taken.
             QueueFull: see `DecodePool.run`.
         """
-        wanted = Wanted(tuple(tasks), keep_thumbnail, background_side)
+        wanted = Wanted(tuple(tasks), thumbnail=keep_thumbnail, background_side=background_side)
         return await self._prepare(await self._read(picture), wanted)
 
     async def run(self, task: Task, prepared: Sequence[Prepared]) -> list[Array]:
@@ -217,7 +230,7 @@ class Vision:
         key, first = self._key(task, read.content_hash), [read]
         del read  # its bytes are counted while it is decoded, and are not held for longer
 
-        return await _shared(
+        return await shared(
             self._running, key, lambda: self._compute(Wanted((task,)), first.pop()), picture.param
         )
 
@@ -225,27 +238,28 @@ class Vision:
         self,
         wanted: Wanted,
         read: ReadPicture,
-        then: Callable[[Array, Prepared], Future[Any]] | None = None,
+        then: Callable[[Array, Prepared], None] | None = None,
     ) -> Array:
         """The result of the one task that is wanted.
 
         Args:
-            then: begins more work with it; see `result_of`. Where it fails, nothing was begun.
+            then: is called with it, in the thread that computed it as a rule, before the request
+                goes on; not where that fails.
         """
         (task,) = wanted.tasks
         key, request = self._key(task, read.content_hash), measurements.current()
         batcher, asked, context = self.batcher, time.monotonic(), contextvars.copy_context()
         jobs: list[Job[Array, Array]] = []
-        found: list[Prepared] = []  # where it is needed later
-        begun: list[Future[Any]] = []
         is_wanted, has_come = True, batcher.expect()
+
+        def go_on(prepared: Prepared, computed: Future[Array]) -> None:
+            if then is not None and not computed.cancelled() and computed.exception() is None:
+                context.run(then, computed.result(), prepared)
 
         def work(read: ReadPicture) -> Sequence[Job[Array, Array]]:
             try:
                 prepared = self._decoded(read, wanted)
                 inputs = prepared.inputs[task]
-                if then is not None:
-                    found.append(replace(prepared, inputs={}))
                 if is_wanted:
                     kind = batch_kind(task, inputs)
                     jobs.extend(batcher.put(kind, [inputs], deadline=request.deadline))
@@ -253,13 +267,10 @@ class Vision:
                 has_come()
             if not is_wanted:  # by now
                 batcher.withdraw(jobs)
+            if then is not None:
+                for job in jobs:
+                    job.future.add_done_callback(partial(go_on, replace(prepared, inputs={})))
             return jobs
-
-        def go_on(result: Array) -> Future[Any] | None:
-            if then is not None and is_wanted:
-                with suppress(QueueFull):  # the request asks again, and is told
-                    begun.append(context.run(then, result, found.pop()))
-            return begun[0] if begun else None
 
         def has_begun() -> bool:
             return not putting.cancel() and all(job.started is not None for job in jobs)
@@ -277,13 +288,11 @@ class Vision:
             async with deadlines.before(
                 request.deadline, has_begun=has_begun, retry_after_s=retry_after_s
             ):
-                result = await result_of(putting, then=go_on)
+                result = await result_of(putting)
         finally:
             is_wanted = False
             has_come()
             batcher.withdraw(jobs)
-            for one in begun:
-                one.cancel()
             note_times(jobs)
         self.cache.put(key, result)
         return result
@@ -304,7 +313,7 @@ class Vision:
 
     async def _prepare(self, read: ReadPicture, wanted: Wanted) -> Prepared:
         key = read.content_hash, wanted
-        return await _shared(self._preparing, key, lambda: self._decode(read, wanted), read.param)
+        return await shared(self._preparing, key, lambda: self._decode(read, wanted), read.param)
 
     async def _decode(self, read: ReadPicture, wanted: Wanted) -> Prepared:
         return await self._pool.run(
@@ -323,7 +332,7 @@ class Vision:
             return [result for result in kept if result is not None]
         if len(prepared) == 1:
             (one,) = prepared
-            return [await _shared(self._running, keys[0], lambda: self._alone(task, one), "")]
+            return [await shared(self._running, keys[0], lambda: self._alone(task, one), "")]
 
         async def work(chosen: Sequence[int]) -> list[Array]:
             results = await self._submit(task, [prepared[missing[i]].inputs[task] for i in chosen])
@@ -367,32 +376,3 @@ def _background(prepared: Prepared) -> Image.Image:
 
 def _grey() -> Image.Image:
     return Image.new("RGB", (64, 48), (128, 128, 128))
-
-
-async def _shared(
-    flights: Flights[Hashable, T], key: Hashable, compute: Callable[[], Awaitable[T]], param: str
-) -> T:
-    """What another request is computing under that key, or `compute()` where none is.
-
-    What fails for that request alone (its deadline came, or the error names the place of a picture
-    there, which is another than `param`) is tried anew. `compute` is called once at most.
-    """
-    while True:
-        is_own = False
-
-        async def work(_: Sequence[int]) -> list[T]:
-            nonlocal is_own
-            is_own = True
-            return [await compute()]
-
-        try:
-            (result,) = await flights.share([key], work)
-        except ImageError as error:
-            if is_own or error.param == param:
-                raise
-            return await compute()
-        except (WaitedTooLong, DeadlineExceeded):
-            if is_own or measurements.current().is_late:
-                raise
-        else:
-            return result

@@ -84,7 +84,7 @@ def test_positions_of_small_grids_are_kept_where_weights_are_fixed() -> None:
         assert vit.positions(16, 17) is not vit.positions(16, 17)  # many patches
         for side in range(1, 100):
             vit.positions(1, side)
-        assert len(vit._kept_positions) == 64
+            assert 1 <= len(vit._kept_positions) <= 16
         assert torch.equal(vit.positions(3, 5), made)
 
 

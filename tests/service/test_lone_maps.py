@@ -7,14 +7,16 @@ from concurrent.futures import Future
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+from PIL import Image
 
 from service import heatmaps
 from service.jobs import QueueFull
 from tests.service.answers import error_of, json_of
 from tests.service.conftest import Serve
 from tests.service.fakes import PATIENCE_S
-from tests.service.pictures import data_uri, png
+from tests.service.pictures import data_uri, encoded, png
 from tests.service.test_lone_pictures import OnTwoCores, until_idle
 from tests.service.test_same_pictures import until_joined, vision_of
 
@@ -139,24 +141,84 @@ async def test_what_cannot_be_drawn_is_told_to_who_asked_alone(
     await until_idle(client)
 
 
-async def test_there_may_be_no_place_to_draw_it(
-    client: httpx.AsyncClient, drawing: Drawing, monkeypatch: pytest.MonkeyPatch
+async def test_the_picture_is_the_same_when_its_map_was_kept(
+    client: httpx.AsyncClient, encoder: OnTwoCores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool = vision_of(client)._pool
-    start = pool.start
+    monkeypatch.setattr(encoder, "needed", lambda task, size: (330, 250))
+    pixels = np.random.default_rng(0).integers(256, size=(750, 1000, 3)).astype(np.uint8)
+    body = {"image": data_uri(encoded(Image.fromarray(pixels), "JPEG")), "size": 100}
+    with encoder.busy() as gate:
+        first = asyncio.ensure_future(client.post(URL, json=body))
+        await asyncio.to_thread(gate.wait_until_reached)
+        joined = asyncio.ensure_future(client.post(URL, json=body))
+        await until_joined(client, 1)
+        gate.open()
+    kept = await client.post(URL, json=body)
+    assert picture_of(await first) == picture_of(await joined) == picture_of(kept)
 
-    def full(work: Any, *args: Any, **options: Any) -> Any:
-        if options.get("held_bytes"):
-            return start(work, *args, **options)
-        raise QueueFull("no place", reason="queue_full", retry_after_s=7)
 
-    monkeypatch.setattr(pool, "start", full)
-    answer = await ask(client, 1)
-    error_of(answer, 429)
-    assert answer.headers["retry-after"] == "7"
-    monkeypatch.undo()
+@pytest.mark.parametrize("lack", ["place", "threads"])
+async def test_it_may_not_be_drawn_now(
+    serve: Serve, encoder: OnTwoCores, monkeypatch: pytest.MonkeyPatch, lack: str
+) -> None:
+    async with serve(raise_errors=False) as client:
+        await until_idle(client)
+        pool, decoded = vision_of(client)._pool, list[int]()
+        start = pool.start
+
+        def lacking(work: Any, *args: Any, **options: Any) -> Any:
+            if options.get("held_bytes"):
+                decoded.append(1)
+                return start(work, *args, **options)
+            if lack == "threads":
+                raise RuntimeError("can't start new thread")
+            raise QueueFull("no place", reason="queue_full", retry_after_s=7)
+
+        monkeypatch.setattr(pool, "start", lacking)
+        answer = await asyncio.wait_for(ask(client, 1), PATIENCE_S)
+        if lack == "place":
+            error_of(answer, 429)
+            assert answer.headers["retry-after"] == "7"
+        else:
+            error_of(answer, 500)
+        assert decoded == [1]
+        monkeypatch.undo()
+        await until_idle(client)
+        picture_of(await ask(client, 1))
+
+
+async def test_who_shares_the_map_does_not_wait_for_anothers_drawing(
+    client: httpx.AsyncClient, encoder: OnTwoCores, drawing: Drawing
+) -> None:
+    drawing.gate.clear()
+    with encoder.busy() as gate:
+        leader = ask(client, 1)
+        await asyncio.to_thread(gate.wait_until_reached)
+        follower = ask(client, 1, format="json")
+        await until_joined(client, 1)
+        gate.open()
+    assert json_of(await asyncio.wait_for(follower, PATIENCE_S))["maps"]
+    assert not leader.done()
+    drawing.gate.set()
+    picture_of(await leader)
+
+
+async def test_nothing_is_drawn_for_a_leader_who_left_its_followers(
+    client: httpx.AsyncClient, encoder: OnTwoCores, drawing: Drawing
+) -> None:
+    with encoder.busy() as gate:
+        leader = ask(client, 1)
+        await asyncio.to_thread(gate.wait_until_reached)
+        follower = ask(client, 1, format="json")
+        await until_joined(client, 1)
+        leader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leader
+        gate.open()
+    json_of(await follower)
     await until_idle(client)
-    picture_of(await ask(client, 1))
+    assert drawing.by == []
+    assert len(encoder.calls) == 1
 
 
 async def test_a_client_that_leaves_while_it_is_drawn_is_no_error(
@@ -183,6 +245,25 @@ async def test_the_deadline_comes_while_it_is_drawn(
         drawing.gate.set()
         await until_idle(client)
         picture_of(await ask(client, 1))
+        assert len(encoder.calls) == 1  # its map was kept
+
+
+async def test_the_deadline_comes_before_it_is_drawn(
+    serve: Serve, encoder: OnTwoCores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serve(deadline_seconds=0.3, raise_errors=False) as client:
+        await until_idle(client)
+        pool, waiting = vision_of(client)._pool, Future[Any]()
+        start = pool.start
+
+        def queueing(work: Any, **options: Any) -> Any:
+            return start(work, **options) if options.get("held_bytes") else waiting
+
+        monkeypatch.setattr(pool, "start", queueing)
+        answer = await ask(client, 1)
+        error_of(answer, 429)
+        assert int(answer.headers["retry-after"]) >= 1
+        assert waiting.cancelled()
 
 
 async def test_nothing_is_drawn_for_who_left_before_it_began(
