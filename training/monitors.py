@@ -129,6 +129,8 @@ class Monitor:
         """
         values = [value.detach().float().reshape(()) for value in figures.values()]
         self._figures.append(torch.stack(values))
+        if self._log is not None:
+            self._bar.update(step + 1 - self._bar.n)
         if (step + 1) % self._every and step + 1 != self._stop:
             return
         counts = counts or {}
@@ -177,7 +179,6 @@ class Monitor:
             images_per_s=f"{row['images_per_s']:.1f}",
             refresh=False,
         )
-        self._bar.update(step - self._bar.n)
         for said in _show(self._alarm, row):
             with self._alarms.open("a", encoding="utf-8") as file:
                 file.write(f"step {step}: {said}\n")

@@ -99,6 +99,14 @@ def test_waiting_counts_and_pausing_does_not(tmp_path: Path) -> None:
     assert float(row["images_per_s"]) > 8 / 0.35
 
 
+def test_the_bar_counts_every_step(tmp_path: Path) -> None:
+    figures = {"loss": torch.tensor(1.0)}
+    with Monitor(tmp_path, CPU, start=3, stop=9, batch_size=8, every=20) as monitor:
+        for step in (3, 4):
+            monitor.step(step, 0, figures, {})
+            assert monitor._bar.n == step + 1
+
+
 def test_a_resumed_run_keeps_rows_of_fewer_columns(tmp_path: Path) -> None:
     tmp_path.joinpath("log.csv").write_text("step,epoch,loss\n1,0,9\n2,0,8.5\n3,0,8\n4,0")
     rows = run(tmp_path, [2.0, 2.0], start=2)
