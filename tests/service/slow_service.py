@@ -56,6 +56,7 @@ def how() -> dict[str, Any]:
 
 def kill_a_decoder() -> None:
     """Raises SystemExit in a thread that waits for pictures."""
+    time.sleep(0.05)  # it may still be ending what it did for this one
     thread = next(one for one in threading.enumerate() if one.name.startswith("decode"))
     ctypes.pythonapi.PyThreadState_SetAsyncExc(
         ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit)
