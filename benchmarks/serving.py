@@ -12,8 +12,8 @@ answers.
   own code, with the numbers of threads that a short trial of each kind found best. The plain one
   embeds what is ready, batch after batch, on all cores; *the* ceiling has a batch for each core, as
   the service has. They have twice as many pictures under way as the service has clients, so their
-  batches are larger; `..., as many` have one for each client, with the
-  settings that were best with two.
+  batches are larger; `..., as many` have one for each client, with the settings that were best
+  with two.
 - *The service*: `python -m service` with default settings, and 1, 4, 16 and 64 clients.
 - *LitServe*: the same network, with Pillow and torchvision before it, batching on, and the settings
   that a short trial of each kind found best.

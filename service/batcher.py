@@ -77,7 +77,7 @@ class Batcher(Generic[Item, Result]):
         self._lock = threading.Lock()
         self._turns = [threading.Condition(self._lock) for _ in range(threads)]
         self._idle: set[int] = set()  # threads that wait for their turn
-        self._lent: dict[int, Callable[[], None]] = {}  # what such a thread is to do first
+        self._lent: dict[int, Callable[[], None]] = {}  # what a thread is to do next
         self._away: set[int] = set()  # threads that are doing it
         self._numbers: dict[int, int] = {}  # identifier of a thread -> its number here
         self._closed = False

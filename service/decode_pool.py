@@ -71,9 +71,9 @@ class DecodePool:
             QueueFull: there is no place for it.
             WaitedTooLong, DeadlineExceeded: the request's deadline came first.
         """
-        return await self.result_of(self.start(work, held_bytes=held_bytes))
+        return await self.wait_for(self.start(work, held_bytes=held_bytes))
 
-    async def result_of(self, running: "Future[T]") -> T:
+    async def wait_for(self, running: "Future[T]") -> T:
         """Waits for what `start` gave, and cancels it where the caller goes away.
 
         Raises:

@@ -15,6 +15,7 @@ class Wanted:
     """What a picture is decoded for.
 
     Attributes:
+        tasks: that inputs are made for.
         sized_for: tasks for which it is decoded large enough, though they need no inputs: what
             else is made of it is the same then.
         background_side: long side in pixels, at most, of `Prepared.background`.
@@ -31,6 +32,8 @@ class Prepared:
     """A picture that was decoded: its inputs to the model, and what is kept of it.
 
     Attributes:
+        inputs: for each task that was wanted, pixels as the model takes them, float32 [C, H, W].
+        content_hash: SHA-256 of the encoded picture.
         thumbnail: a small JPEG, where it was wanted.
         background: the picture at the size wanted, RGB, for maps to be drawn over.
     """

@@ -157,7 +157,14 @@ async def shared(
     """What another request is computing under that key, or `compute()` where none is.
 
     What fails for that request alone (its deadline came, or the error names the place of a picture
-    there, which is another than `param`) is tried anew. `compute` is called once at most.
+    there, which is another than `param`) is tried anew.
+
+    Args:
+        compute: is called once at most.
+        param: the place of the picture in this request.
+
+    Raises:
+        Exception: what `compute`, or the other request's, raised.
     """
     while True:
         is_own = False

@@ -157,7 +157,7 @@ class Vision:
             if kept is None:
                 kept = await shared(self._running, key, compute, picture.param)
             if drawings:
-                return await self._pool.result_of(drawings[0])
+                return await self._pool.wait_for(drawings[0])
             if not backgrounds:  # the result was kept, or is another request's
                 wanted = Wanted((), sized_for=(task,), background_side=largest)
                 backgrounds.append(_background(await self._prepare(first.pop(), wanted)))

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
@@ -68,6 +69,19 @@ def ask(client: httpx.AsyncClient, seed: int, **options: Any) -> "asyncio.Future
     return asyncio.ensure_future(client.post(URL, json=body))
 
 
+@asynccontextmanager
+async def two_asking(
+    client: httpx.AsyncClient, encoder: OnTwoCores, first: dict[str, Any], second: dict[str, Any]
+) -> AsyncIterator[list["asyncio.Future[httpx.Response]"]]:
+    """Both ask for the same picture's map; inside the block it is being computed for the first."""
+    with encoder.busy() as gate:
+        asking = [ask(client, 1, **first)]
+        await asyncio.to_thread(gate.wait_until_reached)
+        asking.append(ask(client, 1, **second))
+        await until_joined(client, 1)
+        yield asking
+
+
 async def until_drawing(drawing: Drawing, count: int) -> None:
     async with asyncio.timeout(PATIENCE_S):
         while len(drawing.by) < count:
@@ -130,14 +144,11 @@ async def test_what_cannot_be_drawn_is_told_to_who_asked_alone(
     client: httpx.AsyncClient, encoder: OnTwoCores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(heatmaps, "_WEBP_SIDE", 30)
-    with encoder.busy() as gate:
-        large = ask(client, 1, head="all", format="webp", size=25)
-        await asyncio.to_thread(gate.wait_until_reached)
-        small = ask(client, 1, size=20)
-        await until_joined(client, 1)
-        gate.open()
-        error_of(await large, 400, "picture_too_large")
-        picture_of(await small)
+    too_large = {"head": "all", "format": "webp", "size": 25}
+    async with two_asking(client, encoder, too_large, {"size": 20}) as (large, small):
+        pass
+    error_of(await large, 400, "picture_too_large")
+    picture_of(await small)
     await until_idle(client)
 
 
@@ -191,12 +202,8 @@ async def test_who_shares_the_map_does_not_wait_for_anothers_drawing(
     client: httpx.AsyncClient, encoder: OnTwoCores, drawing: Drawing
 ) -> None:
     drawing.gate.clear()
-    with encoder.busy() as gate:
-        leader = ask(client, 1)
-        await asyncio.to_thread(gate.wait_until_reached)
-        follower = ask(client, 1, format="json")
-        await until_joined(client, 1)
-        gate.open()
+    async with two_asking(client, encoder, {}, {"format": "json"}) as (leader, follower):
+        pass
     assert json_of(await asyncio.wait_for(follower, PATIENCE_S))["maps"]
     assert not leader.done()
     drawing.gate.set()
@@ -206,15 +213,10 @@ async def test_who_shares_the_map_does_not_wait_for_anothers_drawing(
 async def test_nothing_is_drawn_for_a_leader_who_left_its_followers(
     client: httpx.AsyncClient, encoder: OnTwoCores, drawing: Drawing
 ) -> None:
-    with encoder.busy() as gate:
-        leader = ask(client, 1)
-        await asyncio.to_thread(gate.wait_until_reached)
-        follower = ask(client, 1, format="json")
-        await until_joined(client, 1)
+    async with two_asking(client, encoder, {}, {"format": "json"}) as (leader, follower):
         leader.cancel()
         with pytest.raises(asyncio.CancelledError):
             await leader
-        gate.open()
     json_of(await follower)
     await until_idle(client)
     assert drawing.by == []
