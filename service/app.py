@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from starlette.routing import Match, Mount
 from starlette.types import Scope
@@ -35,6 +36,7 @@ from service.routes import (
     search,
     snapshots,
 )
+from service.routes.direct import Direct
 from service.services import Services, spaces_of
 from service.settings import Settings, load_settings
 from service.tracing import open_tracing
@@ -112,6 +114,10 @@ def create_app(
     app.state.lifecycle, app.state.metrics = lifecycle, counted
     add_error_handlers(app)
     api = (health, metrics, embeddings, attention, collections, images, snapshots, search, copies)
+    for routes in (embeddings, attention):
+        app.router.routes.extend(
+            Direct(route) for route in routes.router.routes if isinstance(route, APIRoute)
+        )
     for routes in (*api, docs):
         app.include_router(routes.router)
     app.mount(docs.VIEWER, StaticFiles(packages=[docs.VIEWER_FILES]))

@@ -2,8 +2,6 @@
 
 import json
 import time
-from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -12,8 +10,6 @@ import anyio.to_thread
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import FormData, UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from index.errors import InvalidFilter
@@ -21,12 +17,12 @@ from service import measurements
 from service.deadlines import retry_after
 from service.encoded import EncodedPicture
 from service.errors import RequestError, busy_response, error_response
+from service.forms import TooManyFiles, read_form
 
 _SHARE_OF_DEADLINE = 0.6  # that may be spent behind others: the rate is a mean, and it changes
 _LEAP, _LEAP_S = 10.0, 0.1  # times the mean interval, and seconds more, that one may be longer
 _READ_AWAY_BYTES = 2**20  # of a body whose request is refused
 _READ_AWAY_S = 1.0
-_QUICKLY_JOINED = 2**20  # bytes that the event loop may put together itself
 _QUICKLY_PARSED = 2**16  # bytes of JSON that the event loop may parse itself
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -219,22 +215,25 @@ async def read_upload(request: Request, *, max_pictures: int, described: bool = 
         )
     pictures: list[EncodedPicture] = []
     fields: dict[str, list[str]] = {"id": [], "metadata": []} if described else {}
-    async with _form(request, max_pictures) as form:
-        for name, value in form.multi_items():
-            if isinstance(value, UploadFile) and name == "image":
-                param = f"image[{len(pictures)}]"
-                # One of them at a time is held twice.
-                pictures.append(EncodedPicture(content=await value.read(), param=param))
-            elif isinstance(value, str) and name in fields:
-                fields[name].append(value)
-            else:
-                raise RequestError(
-                    f"form field {name!r} is not one of image (a file)"
-                    f"{', id, metadata (text)' if described else ''}; "
-                    "options stand in the query string",
-                    code="unknown_field",
-                    param=name,
-                )
+    try:
+        parts = await read_form(request, max_files=max_pictures, max_texts=2 * max_pictures + 2)
+    except TooManyFiles as error:
+        raise _too_many(max_pictures, param="image") from error
+    for part in parts:
+        if part.is_file and part.name == "image":
+            param = f"image[{len(pictures)}]"
+            # One of them at a time is held twice.
+            pictures.append(EncodedPicture(content=await part.read(), param=param))
+        elif not part.is_file and part.name in fields:
+            fields[part.name].append(await part.text())
+        else:
+            raise RequestError(
+                f"form field {part.name!r} is not one of image (a file)"
+                f"{', id, metadata (text)' if described else ''}; "
+                "options stand in the query string",
+                code="unknown_field",
+                param=part.name,
+            )
     _check_count(len(pictures), max_pictures, param="image")
     return Upload(pictures=pictures, ids=fields.get("id", []), metadata=fields.get("metadata", []))
 
@@ -282,62 +281,6 @@ def parse_filter(text: str | None) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InvalidFilter(f"filter: it is not JSON: {error}") from error
-
-
-class _InPieces(UploadFile):
-    """A file as it came; put together once, when it is read, for one that grows is copied often."""
-
-    def __init__(self, like: UploadFile) -> None:
-        super().__init__(like.file, size=0, filename=like.filename, headers=like.headers)
-        self._pieces: list[bytes] = []
-
-    async def write(self, data: bytes) -> None:
-        self._pieces.append(data)
-        self.size = (self.size or 0) + len(data)
-
-    async def seek(self, offset: int) -> None:
-        """Reading begins at the start in any case."""
-
-    async def read(self, size: int = -1) -> bytes:
-        """All of it, once."""
-        pieces, self._pieces = self._pieces, []
-        if (self.size or 0) <= _QUICKLY_JOINED:
-            return b"".join(pieces)
-        return await anyio.to_thread.run_sync(b"".join, pieces)
-
-    async def close(self) -> None:
-        self._pieces = []
-        await super().close()
-
-
-class _FormParser(MultiPartParser):
-    """Keeps files in memory, where they are wanted; Starlette's own writes 1 MiB to disk."""
-
-    def on_headers_finished(self) -> None:
-        super().on_headers_finished()
-        part = self._current_part
-        if part.file is not None:
-            part.file = _InPieces(part.file)
-
-
-@asynccontextmanager
-async def _form(request: Request, max_pictures: int) -> AsyncIterator[FormData]:
-    try:
-        async with aclosing(request.stream()) as stream:
-            parser = _FormParser(
-                request.headers, stream, max_files=max_pictures, max_fields=2 * max_pictures + 2
-            )
-            form = await parser.parse()
-    except MultiPartException as error:
-        if error.message.startswith("Too many files"):
-            raise _too_many(max_pictures, param="image") from error
-        raise RequestError(
-            f"the form cannot be read: {error.message}", code="invalid_form"
-        ) from error
-    try:
-        yield form
-    finally:
-        await form.close()
 
 
 def _content_type(request: Request) -> str:

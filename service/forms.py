@@ -1,0 +1,106 @@
+"""Multipart forms: their parts, in the order in which they came."""
+
+from collections.abc import Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field
+
+import anyio.to_thread
+from fastapi import Request
+from multipart import (
+    MultipartError,
+    MultipartSegment,
+    PushMultipartParser,
+    parse_options_header,
+)
+
+from service.errors import RequestError
+
+_QUICKLY_JOINED = 2**20  # bytes that the event loop may put together itself
+_MAX_TEXT_BYTES = 2**20  # of one part that is no file
+
+
+class TooManyFiles(Exception):
+    """A form has more files than are allowed in it."""
+
+
+@dataclass
+class Part:
+    """One part of a form.
+
+    Attributes:
+        name: of the field.
+        is_file: whether the part has the name of a file.
+    """
+
+    name: str
+    is_file: bool
+    size: int = 0
+    _pieces: list[bytes] = field(default_factory=list)
+
+    def add(self, piece: bytes) -> None:
+        """The next bytes of it.
+
+        Raises:
+            RequestError: a text that has become too long.
+        """
+        self.size += len(piece)
+        if not self.is_file and self.size > _MAX_TEXT_BYTES:
+            raise _unreadable(f"the field {self.name!r} is longer than {_MAX_TEXT_BYTES} bytes")
+        self._pieces.append(piece)
+
+    async def read(self) -> bytes:
+        """All of it, once: the part lets go of it, for a form holds no more than it must."""
+        pieces, self._pieces = self._pieces, []
+        if self.size <= _QUICKLY_JOINED:
+            return b"".join(pieces)
+        return await anyio.to_thread.run_sync(b"".join, pieces)
+
+    async def text(self) -> str:
+        """As `read`, for a part that is no file.
+
+        Raises:
+            RequestError: bytes that are not UTF-8.
+        """
+        try:
+            return (await self.read()).decode()
+        except UnicodeDecodeError as error:
+            raise _unreadable(f"the field {self.name!r} is not UTF-8: {error}") from error
+
+
+async def read_form(request: Request, *, max_files: int, max_texts: int) -> list[Part]:
+    """The parts of a body that says it is `multipart/form-data`, kept in memory.
+
+    Raises:
+        TooManyFiles: more than `max_files`.
+        RequestError: a body that is no such form, or with more than `max_texts` other parts.
+    """
+    _, options = parse_options_header(request.headers["content-type"])
+    parts: list[Part] = []
+    files = 0
+    with _errors_told(), PushMultipartParser(options.get("boundary", "")) as parser:
+        async with aclosing(request.stream()) as stream:
+            async for chunk in stream:
+                for event in parser.parse(chunk) if chunk else ():
+                    if isinstance(event, MultipartSegment):
+                        is_file = event.filename is not None
+                        files += is_file
+                        if files > max_files:
+                            raise TooManyFiles
+                        if len(parts) - files >= max_texts:
+                            raise _unreadable(f"it has more than {max_texts} fields that are texts")
+                        parts.append(Part(event.name, is_file))
+                    elif event:
+                        parts[-1].add(event)
+    return parts
+
+
+@contextmanager
+def _errors_told() -> Iterator[None]:
+    try:
+        yield
+    except MultipartError as error:
+        raise _unreadable(str(error)) from error
+
+
+def _unreadable(why: str) -> RequestError:
+    return RequestError(f"the form cannot be read: {why}", code="invalid_form")
