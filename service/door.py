@@ -24,6 +24,7 @@ _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+_NO_SNIFFING = (b"x-content-type-options", b"nosniff")
 _PROBES = frozenset({"/healthz", "/readyz"})
 # What a read-only key may ask for beside GET. All else may write, so that a new route may too.
 _READING_POSTS = re.compile(
@@ -116,7 +117,7 @@ class AnswerHeaders:
         self._page = page
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Leaves alone what the application set itself."""
+        """Of the page's headers it leaves alone what the application set itself."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -124,9 +125,9 @@ class AnswerHeaders:
 
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers.setdefault("X-Content-Type-Options", "nosniff")
+                message["headers"] = [*message.get("headers", ()), _NO_SNIFFING]
                 if is_page:
+                    headers = MutableHeaders(scope=message)
                     headers.setdefault("Content-Security-Policy", _POLICY)
                     headers.setdefault("Referrer-Policy", "no-referrer")
                     headers.setdefault("Cache-Control", "no-cache")

@@ -1,7 +1,5 @@
 """Multipart forms: their parts, in the order in which they came."""
 
-from collections.abc import Iterator
-from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 
 import anyio.to_thread
@@ -12,6 +10,7 @@ from multipart import (
     PushMultipartParser,
     parse_options_header,
 )
+from starlette.requests import ClientDisconnect
 
 from service.errors import RequestError
 
@@ -72,15 +71,20 @@ async def read_form(request: Request, *, max_files: int, max_texts: int) -> list
 
     Raises:
         TooManyFiles: more than `max_files`.
+        ClientDisconnect: the client went away.
         RequestError: a body that is no such form, or with more than `max_texts` other parts.
     """
     _, options = parse_options_header(request.headers["content-type"])
     parts: list[Part] = []
-    files = 0
-    with _errors_told(), PushMultipartParser(options.get("boundary", "")) as parser:
-        async with aclosing(request.stream()) as stream:
-            async for chunk in stream:
-                for event in parser.parse(chunk) if chunk else ():
+    files, has_more = 0, True
+    try:
+        with PushMultipartParser(options.get("boundary", "")) as parser:
+            while has_more:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                body, has_more = message.get("body", b""), message.get("more_body", False)
+                for event in parser.parse(body) if body else ():
                     if isinstance(event, MultipartSegment):
                         is_file = event.filename is not None
                         files += is_file
@@ -91,15 +95,9 @@ async def read_form(request: Request, *, max_files: int, max_texts: int) -> list
                         parts.append(Part(event.name, is_file))
                     elif event:
                         parts[-1].add(event)
-    return parts
-
-
-@contextmanager
-def _errors_told() -> Iterator[None]:
-    try:
-        yield
     except MultipartError as error:
         raise _unreadable(str(error)) from error
+    return parts
 
 
 def _unreadable(why: str) -> RequestError:

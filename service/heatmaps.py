@@ -116,7 +116,8 @@ def _heat(attention: Maps, size: tuple[int, int], style: Style) -> Rows:
 
     def rows(top: int, bottom: int) -> Image.Image:
         heat = _resize(values, *size, top, bottom, most=_LEVELS - 1)
-        coloured = Image.fromarray(heat.astype(np.uint8))
+        levels = heat.astype(np.uint8)
+        coloured = Image.frombuffer("P", (size[0], bottom - top), levels, "raw", "P", 0, 1)
         coloured.putpalette(palette)  # faster than matplotlib's call for each pixel
         colours = coloured.convert("RGB")
         if inside is not None:  # what is left out goes dark

@@ -9,15 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 PhaseName = Literal["decode_wait", "decode", "queue", "inference", "search"]
 _MOST_PHASES = 512  # of one request: some for each of its pictures
 _MOST_SIZES = 16  # sizes of pictures that are told one by one
 
 
-@dataclass(frozen=True)
-class Phase:
+class Phase(NamedTuple):
     """A stretch of a request's time, by `time.monotonic()` in seconds."""
 
     name: PhaseName

@@ -26,6 +26,7 @@ class Metrics:
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)
+        self._answers: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self._requests = Counter(
             "dinoscope_http_requests",
             "Answers by route template, method and status; 499: the client left before",
@@ -98,12 +99,20 @@ class Metrics:
         self, *, route: str | None, method: str, status: int, seconds: float, code: str | None
     ) -> None:
         """An answer was sent, or its client left; `route` None: no route has the path."""
-        path = route or UNKNOWN_ROUTE
-        known = method if method in METHODS else OTHER_METHOD
-        self._requests.labels(path, known, str(status)).inc()
-        self._duration.labels(path, known).observe(seconds)
+        answers, duration = self._of_answers(
+            route or UNKNOWN_ROUTE, method if method in METHODS else OTHER_METHOD, status
+        )
+        answers.inc()
+        duration.observe(seconds)
         if status in (429, 503) and code is not None:
             self._rejections.labels(code).inc()
+
+    def _of_answers(self, route: str, method: str, status: int) -> tuple[Counter, Histogram]:
+        key = route, method, status
+        if key not in self._answers:  # as few as the labels' values; to find them again takes time
+            answers = self._requests.labels(route, method, str(status))
+            self._answers[key] = answers, self._duration.labels(route, method)
+        return self._answers[key]
 
     def bodies(self, *, received_bytes: int, sent_bytes: int) -> None:
         """The bodies of a request and of its answer."""

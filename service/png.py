@@ -43,7 +43,12 @@ def in_turn(one: Callable[[], T], other: Callable[[], T]) -> tuple[T, T]:
 
 def rows_of(picture: Image.Image) -> Rows:
     """Those of a picture that is there as a whole."""
-    return lambda top, bottom: picture.crop((0, top, picture.width, bottom))
+
+    def rows(top: int, bottom: int) -> Image.Image:
+        is_whole = (top, bottom) == (0, picture.height)
+        return picture if is_whole else picture.crop((0, top, picture.width, bottom))
+
+    return rows
 
 
 def encode(size: tuple[int, int], rows: Rows, *, both: Both = in_turn) -> bytes:
@@ -63,19 +68,17 @@ def encode(size: tuple[int, int], rows: Rows, *, both: Both = in_turn) -> bytes:
     count = -(-height // _MOST_ROWS)
     bands: list[_Band] = []
 
-    def painted(top: int, bottom: int) -> Callable[[], _Band]:
-        return partial(_compressed, _filtered(rows(top, bottom)), is_last=bottom == height)
-
-    def finished(top: int, bottom: int) -> _Band:
-        return painted(top, bottom)()
-
     for i in range(count):
         top, bottom = height * i // count, height * (i + 1) // count
+        pixels = _pixels(rows(top, bottom))
         if (bottom - top) * width < _WORTH_IT or bottom - top < 2:
-            bands.append(finished(top, bottom))
+            bands.append(_band(pixels, is_last=bottom == height))
             continue
-        middle = (top + bottom) // 2
-        bands += both(painted(top, middle), partial(finished, middle, bottom))
+        middle = (bottom - top) // 2
+        bands += both(
+            partial(_band, pixels[:middle], is_last=False),
+            partial(_band, pixels[middle:], is_last=bottom == height),
+        )
     adler = 1
     for band in bands:
         adler = _joined(adler, band.adler, band.length)
@@ -97,19 +100,18 @@ class _Band(NamedTuple):
     length: int  # of these, in bytes
 
 
-def _filtered(picture: Image.Image) -> Pixels:
+def _pixels(picture: Image.Image) -> Pixels:
     if picture.mode != "RGB":
         raise ValueError(f"the picture's mode is {picture.mode!r}, not 'RGB'")
-    pixels = np.asarray(picture).reshape(picture.height, 3 * picture.width)
+    return np.asarray(picture).reshape(picture.height, 3 * picture.width)
+
+
+def _band(pixels: Pixels, *, is_last: bool) -> _Band:
     filtered = np.empty((pixels.shape[0], 1 + pixels.shape[1]), np.uint8)
     filtered[:, 0] = _UP
     filtered[0, 0] = 0  # no filter: the row above is another band's
     filtered[0, 1:] = pixels[0]
     np.subtract(pixels[1:], pixels[:-1], out=filtered[1:, 1:])
-    return filtered
-
-
-def _compressed(filtered: Pixels, *, is_last: bool) -> _Band:
     compressor = isal_zlib.compressobj(_LEVEL, wbits=-zlib.MAX_WBITS)
     # What is flushed ends with a whole byte, so that the next band's can follow.
     end = zlib.Z_FINISH if is_last else zlib.Z_FULL_FLUSH

@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, TypeVar
 
 import anyio
@@ -153,6 +154,9 @@ def read_options(request: Request, model: type[Body]) -> Body:
     Raises:
         RequestValidationError: it is not a `model`.
     """
+    if not request.scope["query_string"]:
+        defaults: Body = _defaults(model)
+        return defaults
     return _validated(dict(request.query_params), model, "query")
 
 
@@ -182,6 +186,11 @@ def _parse(content: bytes, model: type[Body]) -> Body:
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body is not JSON: {error}", code="invalid_json") from error
     return _validated(value, model, "body")
+
+
+@cache
+def _defaults(model: type[Body]) -> Body:
+    return model()
 
 
 def _validated(value: Any, model: type[Body], place: str) -> Body:
