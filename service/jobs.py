@@ -76,7 +76,7 @@ def fail(job: Job[Item, Result], error: Exception) -> None:
 async def result_of(putting: "Future[Sequence[Job[Item, Result]]]") -> Result:
     """Waits for a thread that puts one job, and for its result; wakes the event loop once.
 
-    Who gives up waiting may have it put none.
+    Several may wait. Who has it withdrawn may have it put none.
 
     Raises:
         Exception: what putting it raised, or the job's own error.
@@ -100,10 +100,7 @@ async def result_of(putting: "Future[Sequence[Job[Item, Result]]]") -> Result:
             job.future.add_done_callback(tell)
 
     putting.add_done_callback(was_put)
-    try:
-        await has_ended
-    finally:
-        putting.cancel()  # where it has not begun
+    await has_ended
     (job,) = putting.result()
     return job.future.result()
 

@@ -2,9 +2,9 @@
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,10 +12,12 @@ import numpy.typing as npt
 from service import measurements
 from service.deadlines import DeadlineExceeded, WaitedTooLong
 from service.errors import ImageError
+from service.together import all_or_none
 
 Array = npt.NDArray[np.float32]
 Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")
+Result_co = TypeVar("Result_co", covariant=True)
 
 _ENTRY_BYTES = 512  # of a key, an array's header and the dictionary's place, about
 
@@ -72,14 +74,50 @@ class ResultCache:
             self.evictions += 1
 
 
-class Flights(Generic[Key, Result]):
-    """Computations under way, by key; who asks for one of them waits for it with the others.
+class Work(Protocol[Result_co]):
+    """Something under way that several requests may wait for."""
 
-    A computation goes on for as long as somebody waits for it, whoever started it; it is cancelled
-    when the last one goes away. Its failure is everybody's who waits, and is kept for nobody.
+    def results(self) -> Coroutine[Any, Any, Sequence[Result_co]]:
+        """What it gives; may be awaited by several, each of which may give up.
+
+        Raises:
+            Exception: its failure, or that the request that waits has no more time.
+        """
+
+    def abandon(self) -> None:
+        """Nobody waits any more: it ends, if it has not ended yet."""
+
+
+class InTask(Generic[Result]):
+    """A coroutine as `Work`, in a task of its own: the deadline is that of who starts it."""
+
+    def __init__(self, work: Coroutine[Any, Any, Sequence[Result]]) -> None:
+        self._task = asyncio.ensure_future(work)
+        self._task.add_done_callback(_seen)
+
+    async def results(self) -> Sequence[Result]:
+        """See `Work`."""
+        # A waiter that is cancelled cancels its shield, not the work.
+        return await asyncio.shield(self._task)
+
+    def abandon(self) -> None:
+        """See `Work`."""
+        self._task.cancel()
+
+
+def _seen(task: "asyncio.Task[Any]") -> None:
+    if not task.cancelled():
+        task.exception()  # even where the last waiter has just gone
+
+
+class Flights(Generic[Key, Result]):
+    """Work under way, by key; who asks for one of its results waits for it with the others.
+
+    It goes on for as long as somebody waits for it, whoever started it; it is abandoned when the
+    last one goes away. Its failure is everybody's who waits, and is kept for nobody.
 
     Attributes:
-        joined: results taken from a computation that was under way already, since the start.
+        joined: results taken from work that was under way already, since the start.
     """
 
     def __init__(self) -> None:
@@ -87,55 +125,43 @@ class Flights(Generic[Key, Result]):
         self._places: dict[Key, tuple[_Flight[Result], int]] = {}
 
     async def share(
-        self,
-        keys: Sequence[Key],
-        compute: Callable[[Sequence[int]], Coroutine[Any, Any, Sequence[Result]]],
+        self, keys: Sequence[Key], start: Callable[[Sequence[int]], Work[Result]]
     ) -> list[Result]:
         """The result for each key, in order.
 
         Args:
-            compute: the results for those of `keys`, by position, that are not under way; one call
+            start: begins work for those of `keys`, by position, that are not under way; one call
                 for all of them.
 
         Raises:
-            Exception: what a computation raised.
+            Exception: what `start` raised, or the work.
         """
         first = {key: i for i, key in reversed(list(enumerate(keys)))}
         new = sorted(i for key, i in first.items() if key not in self._places)
         self.joined += len(keys) - len(new)
         if new:
-            self._start([keys[i] for i in new], compute(new))
+            flight = _Flight(start(new), [keys[i] for i in new])
+            self._places.update((key, (flight, at)) for at, key in enumerate(flight.keys))
         places = [self._places[key] for key in keys]
         flights = list({id(flight): flight for flight, _ in places}.values())
         for flight in flights:
             flight.waiters += 1
         try:
-            # A waiter that is cancelled cancels its shield, not the work.
-            shields = [asyncio.shield(flight.task) for flight in flights]
-            await (shields[0] if len(shields) == 1 else asyncio.gather(*shields))
+            if len(flights) == 1:
+                found = [await flights[0].work.results()]
+            else:
+                found = await all_or_none(flight.work.results() for flight in flights)
         finally:
             for flight in flights:
-                flight.waiters -= 1
-                if not flight.waiters and not flight.task.done():
-                    flight.task.cancel()
-                    self._forget(flight)  # who comes now starts anew
-        return [flight.task.result()[at] for flight, at in places]
+                self._leave(flight)
+        results = {id(flight): each for flight, each in zip(flights, found, strict=True)}
+        return [results[id(flight)][at] for flight, at in places]
 
-    def _start(self, keys: Sequence[Key], work: Coroutine[Any, Any, Sequence[Result]]) -> None:
-        flight = _Flight[Result](task=asyncio.ensure_future(work), keys=keys)
-        for at, key in enumerate(keys):
-            self._places[key] = (flight, at)
-
-        def end(task: "asyncio.Future[Sequence[Result]]") -> None:
-            if not task.cancelled():
-                task.exception()  # seen, even where the last waiter has just gone
-            self._forget(flight)
-
-        flight.task.add_done_callback(end)
-
-    def _forget(self, flight: "_Flight[Result]") -> None:
-        for key in flight.keys:
-            if key in self._places and self._places[key][0] is flight:
+    def _leave(self, flight: "_Flight[Result]") -> None:
+        flight.waiters -= 1
+        if not flight.waiters:
+            flight.work.abandon()
+            for key in flight.keys:  # who comes now starts anew
                 del self._places[key]
 
 
@@ -143,7 +169,7 @@ class Flights(Generic[Key, Result]):
 class _Flight(Generic[Result]):
     """Work under way for several keys at once, and how many wait for it."""
 
-    task: "asyncio.Future[Sequence[Result]]"
+    work: Work[Result]
     keys: Sequence[Any]
     waiters: int = 0
 
@@ -151,37 +177,37 @@ class _Flight(Generic[Result]):
 async def shared(
     flights: Flights[Hashable, Result],
     key: Hashable,
-    compute: Callable[[], Awaitable[Result]],
+    start: Callable[[], Work[Result]],
     param: str,
 ) -> Result:
-    """What another request is computing under that key, or `compute()` where none is.
+    """What another request is computing under that key, or `start()`'s result where none is.
 
     What fails for that request alone (its deadline came, or the error names the place of a picture
     there, which is another than `param`) is tried anew.
 
     Args:
-        compute: is called once at most.
+        start: begins work that has one result; is called once at most.
         param: the place of the picture in this request.
 
     Raises:
-        Exception: what `compute`, or the other request's, raised.
+        Exception: what `start`, or the work, raised.
     """
     while True:
         is_own = False
 
-        async def work(_: Sequence[int]) -> list[Result]:
+        def begin(_: Sequence[int]) -> Work[Result]:
             nonlocal is_own
             is_own = True
-            return [await compute()]
+            return start()
 
         try:
-            (result,) = await flights.share([key], work)
+            (result,) = await flights.share([key], begin)
         except ImageError as error:
             if is_own or error.param == param:
                 raise
-            return await compute()
+            (result,) = await Flights[Hashable, Result]().share([key], begin)  # by itself
         except (WaitedTooLong, DeadlineExceeded):
             if is_own or measurements.current().is_late:
                 raise
-        else:
-            return result
+            continue
+        return result

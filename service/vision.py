@@ -1,8 +1,6 @@
 """Pictures in, vectors and maps out: decoding in threads, the model behind its batcher."""
 
-import contextvars
-import time
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
@@ -11,18 +9,19 @@ from typing import TypeVar
 
 from PIL import Image
 
-from service import deadlines, images, measurements
+from service import images, measurements
 from service.batcher import Batcher
+from service.computing import Computation, Then
 from service.decode_pool import DecodePool
 from service.encoded import QUICKLY_HASHED, EncodedPicture, ReadPicture
 from service.encoder import Array, Encoder, ModelInfo, Task
 from service.fetching import Fetcher
-from service.jobs import Job, QueueFull, note_times, result_of
+from service.jobs import QueueFull
 from service.memory import is_out_of_memory
 from service.metrics import Metrics
 from service.model_batches import batch_kind, enough_for, runner
 from service.prepared import Prepared, Wanted, prepare
-from service.sharing import Flights, ResultCache, shared
+from service.sharing import Flights, InTask, ResultCache, Work, shared
 from service.together import all_or_none, first_error_of
 
 T = TypeVar("T")
@@ -149,13 +148,13 @@ class Vision:
             for one in drawings:
                 one.cancel()
 
-        def compute() -> Awaitable[Array]:
+        def compute() -> Work[Array]:
             wanted = Wanted((task,), background_side=largest)
             return self._compute(wanted, first.pop(), then)
 
         try:
             if kept is None:
-                kept = await shared(self._running, key, compute, picture.param)
+                kept = await self._shared(key, compute, picture.param)
             if drawings:
                 return await self._pool.wait_for(drawings[0])
             if not backgrounds:  # the result was kept, or is another request's
@@ -230,70 +229,25 @@ class Vision:
         key, first = self._key(task, read.content_hash), [read]
         del read  # its bytes are counted while it is decoded, and are not held for longer
 
-        return await shared(
-            self._running, key, lambda: self._compute(Wanted((task,)), first.pop()), picture.param
+        return await self._shared(
+            key, lambda: self._compute(Wanted((task,)), first.pop()), picture.param
         )
 
-    async def _compute(
-        self,
-        wanted: Wanted,
-        read: ReadPicture,
-        then: Callable[[Array, Prepared], None] | None = None,
+    def _compute(self, wanted: Wanted, read: ReadPicture, then: Then | None = None) -> Work[Array]:
+        """Begins with the one task that is wanted."""
+        return Computation(
+            partial(self._decoded, read, wanted),
+            wanted.tasks[0],
+            pool=self._pool,
+            batcher=self.batcher,
+            held_bytes=len(read.content),
+            then=then,
+        )
+
+    async def _shared(
+        self, key: Hashable, start: Callable[[], Work[Array]], param: str = ""
     ) -> Array:
-        """The result of the one task that is wanted.
-
-        Args:
-            then: is called with it, in the thread that computed it as a rule, before the request
-                goes on; not where that fails.
-        """
-        (task,) = wanted.tasks
-        key, request = self._key(task, read.content_hash), measurements.current()
-        batcher, asked, context = self.batcher, time.monotonic(), contextvars.copy_context()
-        jobs: list[Job[Array, Array]] = []
-        is_wanted, has_come = True, batcher.expect()
-
-        def go_on(prepared: Prepared, computed: Future[Array]) -> None:
-            if then is not None and not computed.cancelled() and computed.exception() is None:
-                context.run(then, computed.result(), prepared)
-
-        def work(read: ReadPicture) -> Sequence[Job[Array, Array]]:
-            try:
-                prepared = self._decoded(read, wanted)
-                inputs = prepared.inputs[task]
-                if is_wanted:
-                    kind = batch_kind(task, inputs)
-                    jobs.extend(batcher.put(kind, [inputs], deadline=request.deadline))
-            finally:
-                has_come()
-            if not is_wanted:  # by now
-                batcher.withdraw(jobs)
-            if then is not None:
-                for job in jobs:
-                    job.future.add_done_callback(partial(go_on, replace(prepared, inputs={})))
-            return jobs
-
-        def has_begun() -> bool:
-            return not putting.cancel() and all(job.started is not None for job in jobs)
-
-        def retry_after_s() -> int:
-            if jobs:
-                return batcher.retry_after_s()
-            return deadlines.retry_after(time.monotonic() - asked)
-
-        try:
-            putting = self._pool.start(
-                partial(work, read), held_bytes=len(read.content), lend=batcher.lend
-            )
-            del read
-            async with deadlines.before(
-                request.deadline, has_begun=has_begun, retry_after_s=retry_after_s
-            ):
-                result = await result_of(putting)
-        finally:
-            is_wanted = False
-            has_come()
-            batcher.withdraw(jobs)
-            note_times(jobs)
+        result = await shared(self._running, key, start, param)
         self.cache.put(key, result)
         return result
 
@@ -313,12 +267,13 @@ class Vision:
 
     async def _prepare(self, read: ReadPicture, wanted: Wanted) -> Prepared:
         key = read.content_hash, wanted
-        return await shared(self._preparing, key, lambda: self._decode(read, wanted), read.param)
-
-    async def _decode(self, read: ReadPicture, wanted: Wanted) -> Prepared:
-        return await self._pool.run(
-            lambda: self._decoded(read, wanted), held_bytes=len(read.content)
+        return await shared(
+            self._preparing, key, lambda: InTask(self._decode(read, wanted)), read.param
         )
+
+    async def _decode(self, read: ReadPicture, wanted: Wanted) -> list[Prepared]:
+        work, held_bytes = partial(self._decoded, read, wanted), len(read.content)
+        return [await self._pool.run(work, held_bytes=held_bytes)]
 
     def _decoded(self, read: ReadPicture, wanted: Wanted) -> Prepared:
         return prepare(read, wanted, encoder=self._encoder, limits=self.limits)
@@ -332,7 +287,8 @@ class Vision:
             return [result for result in kept if result is not None]
         if len(prepared) == 1:
             (one,) = prepared
-            return [await shared(self._running, keys[0], lambda: self._alone(task, one), "")]
+            inputs = [one.inputs[task]]
+            return [await self._shared(keys[0], lambda: InTask(self._submit(task, inputs)))]
 
         async def work(chosen: Sequence[int]) -> list[Array]:
             results = await self._submit(task, [prepared[missing[i]].inputs[task] for i in chosen])
@@ -340,13 +296,10 @@ class Vision:
                 self.cache.put(keys[missing[i]], result)
             return results
 
-        computed = iter(await self._running.share([keys[i] for i in missing], work))
+        computed = iter(
+            await self._running.share([keys[i] for i in missing], lambda new: InTask(work(new)))
+        )
         return [next(computed) if result is None else result for result in kept]
-
-    async def _alone(self, task: Task, prepared: Prepared) -> Array:
-        (result,) = await self._submit(task, [prepared.inputs[task]])
-        self.cache.put(self._key(task, prepared.content_hash), result)
-        return result
 
     async def _submit(self, task: Task, inputs: Sequence[Array]) -> list[Array]:
         request = measurements.current()

@@ -3,15 +3,16 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator
-from concurrent.futures import Future
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 
+from service.batcher import Batcher
+from service.computing import Computation
+from service.decode_pool import DecodePool
 from service.encoder import Array
-from service.jobs import result_of
 from tests.service.answers import error_of, json_of
 from tests.service.conftest import Serve
 from tests.service.fakes import FakeEncoder
@@ -125,10 +126,28 @@ async def test_the_deadline_comes_while_it_is_decoded(serve: Serve, encoder: OnT
 
 
 async def test_what_nobody_waits_for_does_not_begin() -> None:
-    putting: Future[Any] = Future()
-    waiting = asyncio.ensure_future(result_of(putting))
-    await asyncio.sleep(0)
-    waiting.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await waiting
-    assert putting.cancelled()
+    pool = DecodePool(1, max_pictures=2, max_bytes=2)
+    batcher = Batcher[Array, Array](lambda *_: [], max_batch=1, max_waiting=1)
+    gate, decoded = threading.Event(), list[int]()
+
+    def decode() -> Any:
+        decoded.append(1)
+
+    try:
+        before = pool.start(gate.wait)
+        computing = Computation(decode, "cls", pool=pool, batcher=batcher, held_bytes=1)
+        waiting = asyncio.ensure_future(computing.results())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert batcher._expected == 1  # others may wait for it
+        computing.abandon()
+        gate.set()
+        assert before.result()
+        await pool.run(lambda: None)
+    finally:
+        gate.set()
+        pool.close()
+        batcher.close()
+    assert (decoded, batcher._expected, pool.held_bytes) == ([], 0, 0)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from service.sharing import Array, Flights, ResultCache
+from service.sharing import Array, Flights, InTask, ResultCache
 
 pytestmark = pytest.mark.anyio
 
@@ -32,7 +32,7 @@ class Work:
                 raise self.failure
             return [2 * keys[i] for i in chosen]
 
-        return await flights.share(keys, compute)
+        return await flights.share(keys, lambda chosen: InTask(compute(chosen)))
 
 
 @pytest.fixture
@@ -92,6 +92,33 @@ async def test_when_the_last_one_leaves_the_work_ends(
     work.gate.set()
     assert await later == [2]
     assert (work.calls, work.cancelled) == ([[1], [1]], 1)
+
+
+async def test_who_leaves_several_at_once_leaves_them_all(
+    work: Work, flights: Flights[int, int]
+) -> None:
+    first = asyncio.ensure_future(work.of(flights, 1))
+    await start(first)
+    second = asyncio.ensure_future(work.of(flights, 1, 2))
+    await asyncio.sleep(0)  # it has begun, and nothing that it waits for has gone on
+    second.cancel()
+    await asyncio.gather(second, return_exceptions=True)
+    assert not first.done()
+    third = asyncio.ensure_future(work.of(flights, 2))
+    work.gate.set()
+    assert (await first, await third) == ([2], [4])
+    assert work.calls[0] == [1]
+    assert work.calls[-1] == [2]
+    assert flights._places == {}
+
+
+async def test_work_that_cannot_begin_is_not_waited_for(flights: Flights[int, int]) -> None:
+    def begin(_: Sequence[int]) -> InTask[int]:
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        await flights.share([1], begin)
+    assert flights._places == {}
 
 
 async def test_a_failure_is_everybodys_and_is_not_kept(
