@@ -97,16 +97,15 @@ class BatchRuns(Generic[Item, Result]):
             return error
         self._trouble.worked()
         ended = time.monotonic()
-        for job, result in zip(part, results, strict=True):
-            job.ended = ended
-            job.future.set_result(result)
-        # What is counted is counted while those who wait for the results wake up.
         seconds = ended - started
         if self._observer is not None:
             self._observer.batch_done(part[0].kind, len(part), seconds)
         new = seconds / len(part) / max(1, self._under_way())
         old = self.seconds_per_item or new
         self.seconds_per_item = old + _WEIGHT_OF_NEW * (new - old)
+        for job, result in zip(part, results, strict=True):
+            job.ended = ended
+            job.future.set_result(result)
         return None
 
     def _note_failure(self, error: Exception, size: int) -> str:

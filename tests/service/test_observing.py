@@ -14,11 +14,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from service.logs import JsonFormatter, TextFormatter
 from service.metrics import Metrics
 from tests.service.answers import error_of, json_of
-from tests.service.batches import until_idle
 from tests.service.conftest import Serve
 from tests.service.fakes import FakeEncoder
 from tests.service.pictures import as_base64, data_uri, png
-from tests.service.test_same_pictures import vision_of
 
 pytestmark = pytest.mark.anyio
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -145,7 +143,6 @@ async def test_metrics_of_requests_and_pictures(
     for i in range(5):
         error_of(await client.get(f"/nothing/{i}"), 404)
     await client.request("BREW", "/v1/embeddings")
-    await until_idle(vision_of(client).batcher)
     found = await samples(client)
     requests = "dinoscope_http_requests_total"
     assert found[requests, ("POST", "/v1/embeddings", "200")] == 1
