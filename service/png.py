@@ -57,9 +57,8 @@ def encode(size: tuple[int, int], rows: Rows, *, both: Both = in_turn) -> bytes:
     Args:
         size: width and height in pixels.
         rows: makes a part of the picture; they are asked for from the top down.
-        both: has a band compressed while the next one is painted and compressed; that alone,
-            because it needs nothing of the interpreter's lock, which threads hand to each other
-            more slowly than they paint.
+        both: compresses two halves of what was painted; that alone, because it needs nothing of
+            the interpreter's lock, which threads hand to each other more slowly than they paint.
 
     Raises:
         ValueError: rows of another mode than RGB.
