@@ -1,7 +1,5 @@
 """POST /v1/attention: maps of a picture's patches, as a picture or as numbers."""
 
-from typing import Any
-
 import numpy as np
 from fastapi import APIRouter, Request, Response
 from PIL import Image
@@ -12,7 +10,7 @@ from service.encoder import Array, AttentionTask, ModelInfo, Task, TokensTask
 from service.errors import RequestError
 from service.model_schemas import AttentionAnswer, AttentionOptions, AttentionRequest
 from service.png import Both
-from service.routes.embeddings import npy
+from service.routes.embeddings import as_json, npy
 from service.routes.negotiation import NPY, preferred
 from service.routes.openapi import PICTURE_ERRORS, binary, picture_body
 from service.schemas import PICTURE_EXAMPLE
@@ -171,16 +169,16 @@ def _maps(found: Array, options: AttentionOptions) -> tuple[Array, list[int | st
 def _as_json(
     maps: Array, names: list[int | str], options: AttentionOptions, task: Task, info: ModelInfo
 ) -> bytes:
-    numbers: Any = maps.tolist()
-    answer = AttentionAnswer(
-        model=info.name,
-        view=options.view,
-        grid=list(maps.shape[1:]),
-        block=task.block if isinstance(task, AttentionTask) else None,
-        heads=names,
-        maps=numbers,
+    return as_json(
+        {
+            "model": info.name,
+            "view": options.view,
+            "grid": maps.shape[1:],
+            "block": task.block if isinstance(task, AttentionTask) else None,
+            "heads": names,
+            "maps": np.ascontiguousarray(maps),
+        }
     )
-    return answer.model_dump_json().encode()
 
 
 def _drawn(

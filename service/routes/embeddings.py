@@ -78,13 +78,21 @@ def npy(values: Array) -> bytes:
     return buffer.getvalue()
 
 
+def as_json(answer: dict[str, Any]) -> bytes:
+    """An answer with arrays of float32 in it, in one piece of memory each.
+
+    Each number is the shortest decimal that is that float32 again; null is what is no number. An
+    `Answer` of so many numbers would take many times as long to make and to write.
+    """
+    return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
 def _answer(vectors: Sequence[Array], options: EmbeddingOptions, model: str, kind: str) -> bytes:
     if options.normalize:
         vectors = [_normalized(vector) for vector in vectors]
     if kind != _JSON:
         return npy(np.stack(vectors))
     as_base64 = options.encoding_format == "base64"
-    # By hand: an `EmbeddingAnswer` of so many numbers takes many times as long to make and write.
     answer: dict[str, Any] = {
         "object": "list",
         "data": [
@@ -96,8 +104,7 @@ def _answer(vectors: Sequence[Array], options: EmbeddingOptions, model: str, kin
     }
     if options.feature == "patches":
         answer["grid"] = vectors[0].shape[:2]
-    # Each number as the shortest decimal that is this float32 again; null for what is no number.
-    return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
+    return as_json(answer)
 
 
 def _normalized(vector: Array) -> Array:

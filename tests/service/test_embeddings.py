@@ -1,10 +1,12 @@
 import base64
+import json
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 
+from service.routes.embeddings import as_json
 from tests.service.answers import error_of, json_of
 from tests.service.conftest import Serve
 from tests.service.fakes import FakeEncoder
@@ -68,6 +70,19 @@ async def test_floats_and_base64_are_the_same_numbers(
     packed = json_of(await client.post(URL, json={**body, "encoding_format": "base64"}))
     decoded = [np.frombuffer(base64.b64decode(d["embedding"]), "<f4") for d in packed["data"]]
     assert np.array_equal(vectors_of(floats).astype(np.float32), decoded)
+
+
+def test_numbers_are_the_shortest_that_are_the_same_float32() -> None:
+    bits = np.random.default_rng(0).integers(0, 2**32, 20_000, dtype=np.uint32)
+    values = bits.view(np.float32)
+    found = json.loads(as_json({"each": values, "grid": (2, 3), "none": None}))
+    assert (found["grid"], found["none"]) == ([2, 3], None)
+    for value, told in zip(values, found["each"], strict=True):
+        if np.isfinite(value):
+            assert np.float32(told) == value
+        else:
+            assert told is None
+    assert as_json({"each": np.float32([0.1, 1 / 3])}) == b'{"each":[0.1,0.33333334]}'
 
 
 @pytest.mark.parametrize(("normalize", "unit"), [(True, True), (False, False)])
