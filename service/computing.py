@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from service import deadlines, measurements
 from service.batcher import Batcher
@@ -81,6 +82,11 @@ class Computation:
             if measurements.current() is self._request:
                 note_times(self._jobs)
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether it ended without a result."""
+        return _failed(self._putting) or any(_failed(job.future) for job in self._jobs)
+
     def abandon(self) -> None:
         """Frees its places; nothing where all is done."""
         self._is_wanted = False
@@ -120,3 +126,7 @@ class Computation:
         if self._jobs:
             return self._batcher.retry_after_s()
         return deadlines.retry_after(time.monotonic() - self._asked)
+
+
+def _failed(done: "Future[Any]") -> bool:
+    return done.done() and (done.cancelled() or done.exception() is not None)

@@ -1,5 +1,6 @@
 """Multipart forms: their parts, in the order in which they came."""
 
+import re
 from dataclasses import dataclass, field
 
 import anyio.to_thread
@@ -8,7 +9,6 @@ from multipart import (
     MultipartError,
     MultipartSegment,
     PushMultipartParser,
-    parse_options_header,
 )
 from starlette.requests import ClientDisconnect
 
@@ -16,6 +16,9 @@ from service.errors import RequestError
 
 _QUICKLY_JOINED = 2**20  # bytes that the event loop may put together itself
 _MAX_TEXT_BYTES = 2**20  # of one part that is no file
+# As clients write it, which is not always as the RFCs would have it: unquoted, with any character.
+_BOUNDARY = re.compile(r';[ \t]*boundary[ \t]*=[ \t]*(?:"([^"]*)"|([^;]*))', re.IGNORECASE)
+_FILENAME = re.compile(r";[ \t]*filename\*?[ \t]*=", re.IGNORECASE)
 
 
 class TooManyFiles(Exception):
@@ -74,11 +77,13 @@ async def read_form(request: Request, *, max_files: int, max_texts: int) -> list
         ClientDisconnect: the client went away.
         RequestError: a body that is no such form, or with more than `max_texts` other parts.
     """
-    _, options = parse_options_header(request.headers["content-type"])
+    told = _BOUNDARY.search(request.headers["content-type"])
+    boundary = "" if told is None else (told[1] or told[2] or "").strip()
     parts: list[Part] = []
     files, has_more = 0, True
     try:
-        with PushMultipartParser(options.get("boundary", "")) as parser:
+        # Names of files may be in any encoding, and are not used.
+        with PushMultipartParser(boundary.encode("latin-1"), header_charset="latin-1") as parser:
             while has_more:
                 message = await request.receive()
                 if message["type"] == "http.disconnect":
@@ -86,18 +91,26 @@ async def read_form(request: Request, *, max_files: int, max_texts: int) -> list
                 body, has_more = message.get("body", b""), message.get("more_body", False)
                 for event in parser.parse(body) if body else ():
                     if isinstance(event, MultipartSegment):
-                        is_file = event.filename is not None
+                        is_file = _is_file(event)
                         files += is_file
                         if files > max_files:
                             raise TooManyFiles
                         if len(parts) - files >= max_texts:
                             raise _unreadable(f"it has more than {max_texts} fields that are texts")
-                        parts.append(Part(event.name, is_file))
+                        name = event.name.encode("latin-1", "replace").decode(errors="replace")
+                        parts.append(Part(name, is_file))
                     elif event:
                         parts[-1].add(event)
     except MultipartError as error:
-        raise _unreadable(str(error)) from error
+        raise _unreadable(error.args[0]) from error
     return parts
+
+
+def _is_file(segment: MultipartSegment) -> bool:
+    """Whether a part has the name of a file, however that is written."""
+    return segment.filename is not None or bool(
+        _FILENAME.search(segment.header("Content-Disposition", ""))
+    )
 
 
 def _unreadable(why: str) -> RequestError:

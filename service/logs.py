@@ -12,8 +12,6 @@ _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 def configure_logs(log_format: LogFormat, level: str) -> None:
     """Sends every record of the process to stderr in one format."""
-    # No format here tells where in the code a record was made, which is looked for each time.
-    logging._srcfile = None  # as logging's documentation has it
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter(_TEXT))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

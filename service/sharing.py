@@ -84,6 +84,10 @@ class Work(Protocol[Result_co]):
             Exception: its failure, or that the request that waits has no more time.
         """
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether it ended without results."""
+
     def abandon(self) -> None:
         """Nobody waits any more: it ends, if it has not ended yet."""
 
@@ -99,6 +103,12 @@ class InTask(Generic[Result]):
         """See `Work`."""
         # A waiter that is cancelled cancels its shield, not the work.
         return await asyncio.shield(self._task)
+
+    @property
+    def has_failed(self) -> bool:
+        """See `Work`."""
+        task = self._task
+        return task.done() and (task.cancelled() or task.exception() is not None)
 
     def abandon(self) -> None:
         """See `Work`."""
@@ -124,6 +134,11 @@ class Flights(Generic[Key, Result]):
         self.joined = 0
         self._places: dict[Key, tuple[_Flight[Result], int]] = {}
 
+    def under_way(self, key: Key) -> Work[Result] | None:
+        """What `share` would wait for; None where it would start anew."""
+        place = self._places.get(key)
+        return None if place is None or place[0].work.has_failed else place[0].work
+
     async def share(
         self, keys: Sequence[Key], start: Callable[[Sequence[int]], Work[Result]]
     ) -> list[Result]:
@@ -137,7 +152,7 @@ class Flights(Generic[Key, Result]):
             Exception: what `start` raised, or the work.
         """
         first = {key: i for i, key in reversed(list(enumerate(keys)))}
-        new = sorted(i for key, i in first.items() if key not in self._places)
+        new = sorted(i for key, i in first.items() if self.under_way(key) is None)
         self.joined += len(keys) - len(new)
         if new:
             flight = _Flight(start(new), [keys[i] for i in new])
@@ -162,7 +177,8 @@ class Flights(Generic[Key, Result]):
         if not flight.waiters:
             flight.work.abandon()
             for key in flight.keys:  # who comes now starts anew
-                del self._places[key]
+                if self._places[key][0] is flight:  # and not one that came after a failure
+                    del self._places[key]
 
 
 @dataclass(eq=False)
@@ -193,21 +209,16 @@ async def shared(
         Exception: what `start`, or the work, raised.
     """
     while True:
-        is_own = False
-
-        def begin(_: Sequence[int]) -> Work[Result]:
-            nonlocal is_own
-            is_own = True
-            return start()
-
+        other = flights.under_way(key)
         try:
-            (result,) = await flights.share([key], begin)
+            (result,) = await flights.share([key], lambda _: start())
         except ImageError as error:
-            if is_own or error.param == param:
+            if other is None or error.param == param:
                 raise
-            (result,) = await Flights[Hashable, Result]().share([key], begin)  # by itself
+            (result,) = await Flights[Hashable, Result]().share([key], lambda _: start())  # alone
         except (WaitedTooLong, DeadlineExceeded):
-            if is_own or measurements.current().is_late:
+            # The deadline is this request's where the work goes on.
+            if other is None or not other.has_failed or measurements.current().is_late:
                 raise
             continue
         return result

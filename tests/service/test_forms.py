@@ -97,6 +97,46 @@ async def test_a_boundary_is_needed(kind: str) -> None:
         await read_form(request_of([FORM], kind), max_files=2, max_texts=2)
 
 
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        ("multipart/form-data; boundary=----=_Part_1_2.3", b"------=_Part_1_2.3"),
+        ("multipart/form-data; boundary=a/b ; charset=utf-8", b"--a/b"),
+        ("Multipart/Form-Data;\tBOUNDARY=x", b"--x"),
+        ("multipart/form-data; boundary=\xe4", b"--\xe4"),
+        ('multipart/form-data; x=y; boundary="a b:c"', b"--a b:c"),
+    ],
+)
+async def test_boundaries_as_clients_write_them(kind: str, line: bytes) -> None:
+    body = line + FORM[3:-7].replace(b"--x\r\n", line + b"\r\n") + b"\r\n" + line + b"--"
+    messages: list[Message] = [{"type": "http.request", "body": body}]
+
+    async def receive() -> Message:
+        return messages.pop(0)
+
+    headers = [(b"content-type", kind.encode("latin-1"))]
+    request = Request({"type": "http", "headers": headers}, receive)
+    parts = await read_form(request, max_files=2, max_texts=1)
+    assert [part.name for part in parts] == ["image", "id", "image"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        b'filename="\xe4.png"',  # a code page of the client's own
+        b'filename="\xc3\xa4.png"',
+        b"filename=\xc3\xa4.png",
+        b"filename*=utf-8''%C3%A4.png",
+        b'FileName = "a;b\\".png"',
+        b'filename=""',
+    ],
+)
+async def test_names_of_files_as_clients_write_them(name: bytes) -> None:
+    head = b'--x\r\nContent-Disposition: form-data; name="\xc3\xa4"; ' + name
+    (part,) = await parts_of(head + b"\r\n\r\nabc\r\n--x--")
+    assert (part.name, part.is_file, await part.read()) == ("ä", True, b"abc")
+
+
 async def test_a_text_that_is_not_utf_8(client: httpx.AsyncClient) -> None:
     content = TEXT + b"\xff\r\n--x--"
     headers = {"Content-Type": "multipart/form-data; boundary=x"}

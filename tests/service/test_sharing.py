@@ -1,12 +1,14 @@
 """Computations that are shared, and results that are kept."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from functools import partial
 
 import numpy as np
 import pytest
 
-from service.sharing import Array, Flights, InTask, ResultCache
+from service.deadlines import DeadlineExceeded, WaitedTooLong
+from service.sharing import Array, Flights, InTask, ResultCache, shared
 
 pytestmark = pytest.mark.anyio
 
@@ -133,6 +135,79 @@ async def test_a_failure_is_everybodys_and_is_not_kept(
     work.failure = None
     assert await work.of(flights, 1) == [2]
     assert len(work.calls) == 2
+
+
+async def test_who_comes_after_a_failure_starts_anew_while_others_still_hear_of_it(
+    flights: Flights[int, int],
+) -> None:
+    gate = asyncio.Event()
+    failing = InTask[int](fail_after(gate))
+    first = asyncio.ensure_future(flights.share([1], lambda _: failing))
+    second = asyncio.ensure_future(flights.share([1], lambda _: failing))
+    await start(first, second)
+    gate.set()
+    while not failing.has_failed:
+        await asyncio.sleep(0)
+    assert not second.done()
+    third = asyncio.ensure_future(flights.share([1], lambda _: InTask(give(3))))
+    fourth = asyncio.ensure_future(flights.share([1], lambda _: InTask(give(4))))
+    errors = await asyncio.gather(first, second, return_exceptions=True)
+    assert [type(error) for error in errors] == [ValueError, ValueError]
+    assert (await third, await fourth) == ([3], [3])
+    assert flights._places == {}
+
+
+async def fail_after(gate: asyncio.Event) -> list[int]:
+    await gate.wait()
+    raise ValueError("no")
+
+
+async def give(value: int, after_s: float = 0.0) -> list[int]:
+    await asyncio.sleep(after_s)
+    return [value]
+
+
+async def too_late() -> list[int]:
+    await asyncio.sleep(0.01)
+    raise DeadlineExceeded
+
+
+async def test_a_deadline_of_the_first_ones_is_not_that_of_those_who_joined() -> None:
+    flights = Flights[Hashable, int]()
+    started: list[int] = []
+
+    def start(number: int) -> InTask[int]:
+        started.append(number)
+        return InTask(too_late() if number == 0 else give(number, 0.01))
+
+    async with asyncio.timeout(1.0):
+        waiting = [
+            asyncio.ensure_future(shared(flights, "key", partial(start, number), ""))
+            for number in range(4)
+        ]
+        found = await asyncio.gather(*waiting, return_exceptions=True)
+    assert isinstance(found[0], DeadlineExceeded)
+    assert len(started) == 2  # one of the others begins, all others join
+    assert found[1:] == [started[1]] * 3
+
+
+async def test_a_deadline_of_ones_own_is_told_though_a_timer_was_early() -> None:
+    """uvloop's may be, by less than a tenth of a millisecond: then `is_late` says no."""
+    flights = Flights[Hashable, int]()
+
+    class Slow(InTask[int]):
+        async def results(self) -> Sequence[int]:
+            if started:  # who joins has less time
+                raise WaitedTooLong(1)
+            return await super().results()
+
+    started: list[int] = []
+    first = asyncio.ensure_future(shared(flights, "key", lambda: Slow(give(1, 0.01)), ""))
+    await asyncio.sleep(0)
+    started.append(1)
+    with pytest.raises(WaitedTooLong):
+        await shared(flights, "key", lambda: InTask(give(2)), "")
+    assert await first == 1
 
 
 def vector(value: float, length: int = 1000) -> Array:
