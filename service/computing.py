@@ -51,8 +51,9 @@ class Computation:
         self._asked = time.monotonic()
         self._request, self._context = measurements.current(), contextvars.copy_context()
         self._jobs: list[Job[Array, Array]] = []
-        self._is_wanted = True
+        self._is_wanted, self._had_failed = True, False
         self._has_come = batcher.expect()
+        self._putting: Future[Sequence[Job[Array, Array]]] | None = None
         try:
             self._putting = pool.start(
                 partial(self._decode_and_put, decode, then),
@@ -77,6 +78,7 @@ class Computation:
                 has_begun=self._has_begun,
                 retry_after_s=self._retry_after_s,
             ):
+                assert self._putting is not None  # this request waits: it is not abandoned
                 return [await result_of(self._putting)]
         finally:
             if measurements.current() is self._request:
@@ -85,41 +87,45 @@ class Computation:
     @property
     def has_failed(self) -> bool:
         """Whether it ended without a result."""
+        if self._putting is None:
+            return self._had_failed
         return _failed(self._putting) or any(_failed(job.future) for job in self._jobs)
 
     def abandon(self) -> None:
         """Frees its places; nothing where all is done."""
         self._is_wanted = False
         self._has_come()
+        if self._putting is None:
+            return
+        self._had_failed = self.has_failed
         self._putting.cancel()
         self._batcher.withdraw(self._jobs)
+        # An error's traceback holds frames, which hold this: they would stay, with the picture.
+        self._putting, self._jobs = None, []
 
     def _decode_and_put(
         self, decode: Callable[[], Prepared], then: Then | None
     ) -> Sequence[Job[Array, Array]]:
-        deadline = self._request.deadline
+        jobs, deadline = list[Job[Array, Array]](), self._request.deadline
         try:
             prepared = decode()
             inputs = prepared.inputs[self._task]
             if self._is_wanted:
                 kind = batch_kind(self._task, inputs)
-                self._jobs.extend(self._batcher.put(kind, [inputs], deadline=deadline))
+                jobs = self._jobs = self._batcher.put(kind, [inputs], deadline=deadline)
         finally:
             self._has_come()
         if not self._is_wanted:  # by now
-            self._batcher.withdraw(self._jobs)
+            self._batcher.withdraw(jobs)
         if then is not None:
-            go_on = partial(self._go_on, then, replace(prepared, inputs={}))
-            for job in self._jobs:
+            go_on = partial(_go_on, self._context, then, replace(prepared, inputs={}))
+            for job in jobs:
                 job.future.add_done_callback(go_on)
-        return self._jobs
-
-    def _go_on(self, then: Then, prepared: Prepared, computed: "Future[Array]") -> None:
-        if not computed.cancelled() and computed.exception() is None:
-            self._context.run(then, computed.result(), prepared)
+        return jobs
 
     def _has_begun(self) -> bool:
-        is_put = self._putting.running() or self._putting.done()
+        putting = self._putting
+        is_put = putting is not None and (putting.running() or putting.done())
         return is_put and all(job.started is not None for job in self._jobs)
 
     def _retry_after_s(self) -> int:
@@ -130,3 +136,11 @@ class Computation:
 
 def _failed(done: "Future[Any]") -> bool:
     return done.done() and (done.cancelled() or done.exception() is not None)
+
+
+def _go_on(
+    context: contextvars.Context, then: Then, prepared: Prepared, computed: "Future[Array]"
+) -> None:
+    """A function of its own: the job's future, which holds it, is held by the computation."""
+    if not computed.cancelled() and computed.exception() is None:
+        context.run(then, computed.result(), prepared)

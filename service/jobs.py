@@ -100,9 +100,11 @@ async def result_of(putting: "Future[Sequence[Job[Item, Result]]]") -> Result:
             job.future.add_done_callback(tell)
 
     putting.add_done_callback(was_put)
-    await has_ended
-    (job,) = putting.result()
-    return job.future.result()
+    try:
+        await has_ended
+        return putting.result()[0].future.result()
+    finally:
+        del putting  # which holds its error, whose traceback holds this frame
 
 
 def note_times(jobs: Sequence[Job[Item, Result]]) -> None:
