@@ -177,7 +177,8 @@ class Flights(Generic[Key, Result]):
         if not flight.waiters:
             flight.work.abandon()
             for key in flight.keys:  # who comes now starts anew
-                if self._places[key][0] is flight:  # and not one that came after a failure
+                place = self._places.get(key)
+                if place is not None and place[0] is flight:  # none that came after a failure
                     del self._places[key]
 
 

@@ -157,6 +157,24 @@ async def test_who_comes_after_a_failure_starts_anew_while_others_still_hear_of_
     assert flights._places == {}
 
 
+async def test_what_came_after_a_failure_may_end_before_all_have_heard_of_it(
+    flights: Flights[int, int],
+) -> None:
+    gate = asyncio.Event()
+
+    class Failed(InTask[int]):
+        has_failed = False
+
+    failed = Failed(fail_after(gate))
+    first = asyncio.ensure_future(flights.share([1], lambda _: failed))
+    await start(first)
+    failed.has_failed = True
+    assert await flights.share([1], lambda _: InTask(give(2))) == [2]
+    gate.set()
+    with pytest.raises(ValueError, match="no"):
+        await first
+
+
 async def fail_after(gate: asyncio.Event) -> list[int]:
     await gate.wait()
     raise ValueError("no")
