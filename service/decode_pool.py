@@ -80,12 +80,15 @@ class DecodePool:
             WaitedTooLong, DeadlineExceeded: see `run`.
         """
         asked = time.monotonic()
-        async with deadlines.before(
-            measurements.current().deadline,
-            has_begun=lambda: not running.cancel(),
-            retry_after_s=lambda: deadlines.retry_after(time.monotonic() - asked),
-        ):
-            return await asyncio.wrap_future(running)
+        try:
+            async with deadlines.before(
+                measurements.current().deadline,
+                has_begun=lambda: not running.cancel(),
+                retry_after_s=lambda: deadlines.retry_after(time.monotonic() - asked),
+            ):
+                return await asyncio.wrap_future(running)
+        finally:
+            running = Future()  # the other one holds its error, whose traceback holds this frame
 
     def start(
         self,

@@ -96,11 +96,13 @@ class InTask(Generic[Result]):
     """A coroutine as `Work`, in a task of its own: the deadline is that of who starts it."""
 
     def __init__(self, work: Coroutine[Any, Any, Sequence[Result]]) -> None:
-        self._task = asyncio.ensure_future(work)
+        self._task: asyncio.Task[Sequence[Result]] | None = asyncio.ensure_future(work)
         self._task.add_done_callback(_seen)
+        self._had_failed = False
 
     async def results(self) -> Sequence[Result]:
         """See `Work`."""
+        assert self._task is not None  # this request waits: it is not abandoned
         # A waiter that is cancelled cancels its shield, not the work.
         return await asyncio.shield(self._task)
 
@@ -108,11 +110,16 @@ class InTask(Generic[Result]):
     def has_failed(self) -> bool:
         """See `Work`."""
         task = self._task
+        if task is None:
+            return self._had_failed
         return task.done() and (task.cancelled() or task.exception() is not None)
 
     def abandon(self) -> None:
         """See `Work`."""
-        self._task.cancel()
+        if self._task is not None:
+            self._had_failed = self.has_failed
+            self._task.cancel()
+            self._task = None  # its error's traceback holds frames, which hold this
 
 
 def _seen(task: "asyncio.Task[Any]") -> None:

@@ -17,6 +17,7 @@ from tests.service.fakes import FakeEncoder
 from tests.service.pictures import png
 
 pytestmark = pytest.mark.anyio
+UPLOADS = "/v1/collections/default/images"
 PICTURES = (Computation, Image.Image, Job, Prepared, ReadPicture)
 
 
@@ -38,7 +39,7 @@ async def ask(client: httpx.AsyncClient, path: str, content: bytes) -> int:
     return (await client.post(path, files={"image": ("a.png", content)})).status_code
 
 
-@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/attention"])
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/attention", UPLOADS])
 @pytest.mark.parametrize("case", ["good", "bad", "failing", "uncached"])
 async def test_no_picture_is_left_to_the_collector(
     serve: Serve, encoder: FakeEncoder, saved: list[Any], path: str, case: str
@@ -58,3 +59,19 @@ async def test_no_picture_is_left_to_the_collector(
         gc.collect()
         left = [one for one in saved if isinstance(one, PICTURES)]
         assert left == [], case
+
+
+@pytest.mark.parametrize(("path", "status"), [("/v1/embeddings", 400), (UPLOADS, 200)])
+async def test_nor_of_several_of_which_one_is_bad(
+    serve: Serve, saved: list[Any], path: str, status: int
+) -> None:
+    async with serve(raise_errors=False) as client:
+        await ask(client, path, png(0))
+        gc.collect()
+        saved.clear()
+        for seed in range(1, 4):
+            contents = (png(9)[:60], png(seed), png(seed + 10))
+            files = [("image", ("a.png", content)) for content in contents]
+            assert (await client.post(path, files=files)).status_code == status
+        gc.collect()
+        assert [one for one in saved if isinstance(one, PICTURES)] == []
