@@ -17,6 +17,7 @@ from service.model_batches import batch_kind
 from service.prepared import Prepared
 
 Then = Callable[[Array, Prepared], None]
+"""Takes a result of the model, and the picture without the inputs that it was made of."""
 
 
 class Computation:
@@ -51,7 +52,7 @@ class Computation:
         self._asked = time.monotonic()
         self._request, self._context = measurements.current(), contextvars.copy_context()
         self._jobs: list[Job[Array, Array]] = []
-        self._is_wanted, self._had_failed = True, False
+        self._is_wanted = True
         self._has_come = batcher.expect()
         self._putting: Future[Sequence[Job[Array, Array]]] | None = None
         try:
@@ -86,18 +87,16 @@ class Computation:
 
     @property
     def has_failed(self) -> bool:
-        """Whether it ended without a result."""
-        if self._putting is None:
-            return self._had_failed
-        return _failed(self._putting) or any(_failed(job.future) for job in self._jobs)
+        """See `Work`."""
+        futures = [self._putting, *(job.future for job in self._jobs)]
+        return any(future is not None and _failed(future) for future in futures)
 
     def abandon(self) -> None:
-        """Frees its places; nothing where all is done."""
+        """See `Work`: frees its places; nothing where all is done."""
         self._is_wanted = False
         self._has_come()
         if self._putting is None:
             return
-        self._had_failed = self.has_failed
         self._putting.cancel()
         self._batcher.withdraw(self._jobs)
         # An error's traceback holds frames, which hold this: they would stay, with the picture.

@@ -5,11 +5,7 @@ from dataclasses import dataclass, field
 
 import anyio.to_thread
 from fastapi import Request
-from multipart import (
-    MultipartError,
-    MultipartSegment,
-    PushMultipartParser,
-)
+from multipart import MultipartError, MultipartSegment, PushMultipartParser
 from starlette.requests import ClientDisconnect
 
 from service.errors import RequestError
@@ -32,6 +28,7 @@ class Part:
     Attributes:
         name: of the field.
         is_file: whether the part has the name of a file.
+        size: bytes that have come.
     """
 
     name: str

@@ -86,7 +86,7 @@ class Work(Protocol[Result_co]):
 
     @property
     def has_failed(self) -> bool:
-        """Whether it ended without results."""
+        """Whether it ended without results; asked before it is abandoned."""
 
     def abandon(self) -> None:
         """Nobody waits any more: it ends, if it has not ended yet."""
@@ -98,7 +98,6 @@ class InTask(Generic[Result]):
     def __init__(self, work: Coroutine[Any, Any, Sequence[Result]]) -> None:
         self._task: asyncio.Task[Sequence[Result]] | None = asyncio.ensure_future(work)
         self._task.add_done_callback(_seen)
-        self._had_failed = False
 
     async def results(self) -> Sequence[Result]:
         """See `Work`."""
@@ -110,14 +109,13 @@ class InTask(Generic[Result]):
     def has_failed(self) -> bool:
         """See `Work`."""
         task = self._task
-        if task is None:
-            return self._had_failed
-        return task.done() and (task.cancelled() or task.exception() is not None)
+        if task is None or not task.done():
+            return False
+        return task.cancelled() or task.exception() is not None
 
     def abandon(self) -> None:
         """See `Work`."""
         if self._task is not None:
-            self._had_failed = self.has_failed
             self._task.cancel()
             self._task = None  # its error's traceback holds frames, which hold this
 
@@ -139,12 +137,12 @@ class Flights(Generic[Key, Result]):
 
     def __init__(self) -> None:
         self.joined = 0
-        self._places: dict[Key, tuple[_Flight[Result], int]] = {}
+        self._places: dict[Key, tuple[Flight[Result], int]] = {}
 
-    def under_way(self, key: Key) -> Work[Result] | None:
+    def under_way(self, key: Key) -> "Flight[Result] | None":
         """What `share` would wait for; None where it would start anew."""
         place = self._places.get(key)
-        return None if place is None or place[0].work.has_failed else place[0].work
+        return None if place is None or place[0].work.has_failed else place[0]
 
     async def share(
         self, keys: Sequence[Key], start: Callable[[Sequence[int]], Work[Result]]
@@ -162,7 +160,7 @@ class Flights(Generic[Key, Result]):
         new = sorted(i for key, i in first.items() if self.under_way(key) is None)
         self.joined += len(keys) - len(new)
         if new:
-            flight = _Flight(start(new), [keys[i] for i in new])
+            flight = Flight(start(new), [keys[i] for i in new])
             self._places.update((key, (flight, at)) for at, key in enumerate(flight.keys))
         places = [self._places[key] for key in keys]
         flights = list({id(flight): flight for flight, _ in places}.values())
@@ -179,8 +177,9 @@ class Flights(Generic[Key, Result]):
         results = {id(flight): each for flight, each in zip(flights, found, strict=True)}
         return [results[id(flight)][at] for flight, at in places]
 
-    def _leave(self, flight: "_Flight[Result]") -> None:
+    def _leave(self, flight: "Flight[Result]") -> None:
         flight.waiters -= 1
+        flight.has_failed = flight.work.has_failed
         if not flight.waiters:
             flight.work.abandon()
             for key in flight.keys:  # who comes now starts anew
@@ -190,12 +189,17 @@ class Flights(Generic[Key, Result]):
 
 
 @dataclass(eq=False)
-class _Flight(Generic[Result]):
-    """Work under way for several keys at once, and how many wait for it."""
+class Flight(Generic[Result]):
+    """Work under way for several keys at once, and how many wait for it.
+
+    Attributes:
+        has_failed: whether it had, when somebody last went away.
+    """
 
     work: Work[Result]
     keys: Sequence[Any]
     waiters: int = 0
+    has_failed: bool = False
 
 
 async def shared(
