@@ -123,6 +123,19 @@ def write_artifact(artifact: Artifact, path: Path) -> str:
     return artifact.fingerprint
 
 
+def is_artifact(path: Path) -> bool:
+    """Whether a safetensors file says that it is one of ours.
+
+    Raises:
+        ArtifactError: it is no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _ENTRY in (file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path} is not a readable safetensors file: {error}") from error
+
+
 def read_artifact(path: Path) -> Artifact:
     """Reads and checks a model file.
 

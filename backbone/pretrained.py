@@ -1,20 +1,23 @@
-"""One way to name a model, everywhere: an artifact, an original checkpoint, or a known name."""
+"""One way to name a model, everywhere: a known name, an artifact, or weights made elsewhere."""
 
 import argparse
 import difflib
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from backbone.architectures import VITS, Architecture
-from backbone.artifact import Artifact, ArtifactError, check_weights, read_artifact
+from backbone.artifact import Artifact, ArtifactError, check_weights, is_artifact, read_artifact
+from backbone.hugging_face import CONFIG, Published, is_published, original_names, read_folder
 from backbone.preprocess import Preprocess
 
 DEFAULT_MODEL = Path(__file__).parent / "models" / "default.safetensors"
@@ -64,8 +67,7 @@ def load_model(model: str) -> NamedModel:
 
     Args:
         model: "default" (the model in the repository), a name in `DOWNLOADS` (downloaded once
-            into torch's hub folder), a path to an artifact, or a path to an original DINO
-            checkpoint: a backbone alone, or a full one, of which the teacher is taken.
+            into torch's hub folder), a path to an artifact, or whatever `read_checkpoint` reads.
 
     Raises:
         ArtifactError: nothing by that name, or a file that cannot be used.
@@ -78,19 +80,25 @@ def load_model(model: str) -> NamedModel:
         artifact = read_checkpoint(path, provenance={"licence": DOWNLOADS[model].licence})
         return NamedModel(name=model, artifact=artifact)
     path = Path(model)
-    read = read_artifact if path.suffix == ".safetensors" else read_checkpoint
-    return NamedModel(name=path.stem, artifact=read(path))
+    ours = path.suffix == ".safetensors" and is_artifact(path)
+    return NamedModel(
+        name=path.absolute().name if path.is_dir() else path.stem,
+        artifact=read_artifact(path) if ours else read_checkpoint(path),
+    )
 
 
 def check_name(model: str) -> None:
-    """Raises `ArtifactError` for what is neither a known name nor a file; reads nothing."""
+    """Raises `ArtifactError` for what is no known name, file or published folder; reads nothing."""
     path = Path(model)
-    if model != "default" and model not in DOWNLOADS and not path.is_file():
+    known_name = model == "default" or model in DOWNLOADS
+    if not known_name and not path.is_file() and not is_published(path):
         known = ["default", *DOWNLOADS]
         near = difflib.get_close_matches(model, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         if (path / "snapshots").is_dir():
             hint = "; a run's folder is exported first: `python -m training.export`"
+        elif path.is_dir():
+            hint = f"; it is a folder without a {CONFIG}"
         raise ArtifactError(
             f"model {model!r} is neither a file nor one of {', '.join(known)}{hint}"
         )
@@ -99,51 +107,74 @@ def check_name(model: str) -> None:
 def read_checkpoint(
     path: Path, *, key: str = "teacher", provenance: Mapping[str, Any] = MappingProxyType({})
 ) -> Artifact:
-    """Reads an original DINO `.pth`, through `weights_only=True`: nothing in it is run.
+    """Reads weights that were made elsewhere; nothing in them is run.
 
-    The architecture, a ViT or a ResNet, is told from the tensors' names and shapes. A full
-    checkpoint holds `student` and `teacher`, of which `key` is taken; `module.` and `backbone.`
-    prefixes, the projection head and a classifier (`fc`) are removed.
+    The architecture, a ViT or a ResNet, is told from the tensors' names and shapes, and sizes of
+    pictures are the paper's. A full checkpoint of the original holds `student` and `teacher`, of
+    which `key` is taken; `module.` and `backbone.` prefixes, the projection head and a classifier
+    are removed.
+
+    Args:
+        path: an original DINO `.pth`, a `.safetensors` file of such tensors (timm names them in the
+            same way), one of a transformers `ViTModel`, or a folder of the Hugging Face hub with
+            either, which tells mean and deviation of its pictures (`backbone.hugging_face`).
 
     Raises:
         ArtifactError: a damaged file, or one that holds no ViT or ResNet of a known size.
     """
-    weights, _ = read_tensors(path, key=key)
-    architecture = _architecture_of(weights, path)
-    check_weights(weights, architecture, path)
+    published = read_folder(path) if path.is_dir() else None
+    file = published.weights if published else path
+    weights, _ = read_tensors(file, key=key)
+    architecture = _architecture_of(weights, file)
+    check_weights(weights, architecture, file)
+    preprocess = Preprocess.in_proportion(
+        architecture.image_size,
+        patch_size=architecture.patch_size,
+        channels=architecture.in_channels,
+    )
+    if published:
+        preprocess = _as_published(preprocess, published, architecture, path)
     return Artifact(
         architecture=architecture,
-        preprocess=Preprocess.in_proportion(
-            architecture.image_size,
-            patch_size=architecture.patch_size,
-            channels=architecture.in_channels,
-        ),
+        preprocess=preprocess,
         weights=weights,
         provenance={"source": path.name, **provenance},
     )
 
 
+def _as_published(
+    preprocess: Preprocess, published: Published, architecture: Architecture, folder: Path
+) -> Preprocess:
+    """The preprocessing with a folder's own mean and deviation."""
+    if published.num_heads not in (None, architecture.num_heads):
+        raise ArtifactError(
+            f"num_attention_heads in {folder / CONFIG} is {published.num_heads}; "
+            f"a {architecture.name} has {architecture.num_heads}"
+        )
+    mean, std = published.mean or preprocess.mean, published.std or preprocess.std
+    if len(mean) != architecture.in_channels:
+        raise ArtifactError(
+            f"{folder} tells the mean of {len(mean)} channels; its network takes "
+            f"{architecture.in_channels}"
+        )
+    try:
+        return replace(preprocess, mean=mean, std=std)
+    except ValueError as error:
+        raise ArtifactError(f"{folder}: {error}") from error
+
+
 def read_tensors(
     path: Path, *, key: str = "teacher"
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors of an original `.pth` under their plain names: the backbone's, and the head's.
+    """The tensors of a file under the original's plain names: the backbone's, and the head's.
 
-    See `read_checkpoint`. The head's are those of `training.dino.ProjectionHead`, `mlp.0.weight`
-    and so on; there are none where the file holds a backbone alone.
+    For files see `read_checkpoint`. The head's are those of `training.dino.ProjectionHead`,
+    `mlp.0.weight` and so on; there are none where the file holds a backbone alone.
 
     Raises:
         ArtifactError: a damaged file, or one that holds no table of tensors.
     """
-    try:
-        # A full checkpoint carries its command line, a Namespace of plain values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # torch.load documents no exception types, and its message tells how to switch safety off.
-        raise ArtifactError(
-            f"{path} cannot be read safely: it is damaged, no checkpoint, or holds more than "
-            "tensors and plain values"
-        ) from error
+    content = _load(path)
     if isinstance(content, dict) and key in content:
         content = content[key]
     if not isinstance(content, dict):
@@ -157,7 +188,25 @@ def read_tensors(
     for part in (weights, head):
         if wrong := sorted(k for k, v in part.items() if not isinstance(v, Tensor)):
             raise ArtifactError(f"{path} holds entries that are not tensors: {wrong[:3]}")
-    return weights, head
+    return original_names(weights, path), head
+
+
+def _load(path: Path) -> object:
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ArtifactError(f"{path} is not a readable safetensors file: {error}") from error
+    try:
+        # A full checkpoint carries its command line, a Namespace of plain values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # torch.load documents no exception types, and its message tells how to switch safety off.
+        raise ArtifactError(
+            f"{path} cannot be read safely: it is damaged, no checkpoint, or holds more than "
+            "tensors and plain values"
+        ) from error
 
 
 def _architecture_of(weights: Mapping[str, Tensor], path: Path) -> Architecture:
@@ -169,8 +218,8 @@ def _architecture_of(weights: Mapping[str, Tensor], path: Path) -> Architecture:
     except (KeyError, ValueError) as error:
         raise ArtifactError(
             f"{path} holds no ViT of the original's form (no patch_embed.proj.weight or "
-            "pos_embed), and no ResNet (no layer4.0.conv1.weight); its first entries are "
-            f"{sorted(weights)[:3]}"
+            "pos_embed) or of transformers' (no embeddings.cls_token), and no ResNet "
+            f"(no layer4.0.conv1.weight); its first entries are {sorted(weights)[:3]}"
         ) from error
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     for name, shape in VITS.items():

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone.artifact import ArtifactError
+from backbone.hugging_face import CONFIG, is_published
 from backbone.pretrained import DOWNLOADS, load_model, read_tensors
 from training import snapshot
 from training.tables import ConfigError
@@ -27,7 +28,8 @@ def load_initial(name: str, student_backbone: nn.Module, head: nn.Module) -> str
 
     Args:
         name: the folder of a run (its newest snapshot's teacher), an original `.pth` checkpoint (of
-            a full one the teacher), or whatever else `backbone.pretrained.load_model` takes.
+            a full one the teacher), or whatever else `backbone.pretrained.load_model` takes, which
+            brings no head.
         student_backbone: a `VisionTransformer` or `ConvNet`.
         head: a `training.dino.ProjectionHead`.
 
@@ -61,10 +63,13 @@ class _Misfit(ValueError):
 def _read(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The tensors of a backbone and of a head under their plain names; of the head maybe none."""
     path = Path(name)
-    if path.is_dir() and name not in ("default", *DOWNLOADS):
+    if path.is_dir() and not is_published(path) and name not in ("default", *DOWNLOADS):
         found = snapshot.newest_good(path)
         if found is None:
-            raise _Misfit("this folder holds no snapshot (snapshots/step_*.pt)")
+            raise _Misfit(
+                "this folder holds no snapshot (snapshots/step_*.pt) and no published network "
+                f"({CONFIG})"
+            )
         teacher: dict[str, Tensor] = found.state["teacher"]
         return _below("backbone.", teacher), _below("head.", teacher)
     if path.is_file() and path.suffix != ".safetensors":

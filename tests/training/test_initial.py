@@ -105,6 +105,23 @@ def test_an_artifact_gives_a_backbone_alone(tmp_path: Path) -> None:
     )
 
 
+def test_a_folder_of_transformers_gives_a_backbone_alone(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    described = Architecture(name="vit_tiny", patch_size=8, image_size=16)
+    config = transformers.ViTConfig(
+        hidden_size=192, num_attention_heads=3, intermediate_size=768, image_size=32, patch_size=8
+    )
+    torch.manual_seed(1)
+    transformers.ViTModel(config).save_pretrained(tmp_path / "hub")
+    start = network(described, seed=2)
+    said = load_initial(str(tmp_path / "hub"), start.backbone, start.head)
+    assert "backbone taken (positions interpolated, bicubic, from 4 x 4 patches to 2 x 2)" in said
+    assert said.endswith("head starts afresh: there is none in it")
+    given = load_model(str(tmp_path / "hub")).artifact.weights
+    ours = start.backbone.state_dict()
+    assert all(torch.equal(ours[k], given[k]) for k in given if k != "pos_embed")
+
+
 def test_the_repositorys_model_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "default").mkdir()
     monkeypatch.chdir(tmp_path)  # a folder of that name does not hide it

@@ -1,0 +1,173 @@
+"""Folders of the Hugging Face hub: a ViT of transformers, or a network of timm.
+
+Such a folder has `config.json`, `model.safetensors` or `pytorch_model.bin`, and of transformers
+perhaps `preprocessor_config.json`. timm names its tensors as the original does; transformers' names
+are given in the original's.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backbone.artifact import ArtifactError
+
+CONFIG = "config.json"
+_PREPROCESSOR = "preprocessor_config.json"
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_LARGEST_EPSILON = 1e-5  # of a LayerNorm; ours is the original's, 1e-6
+
+_OUTSIDE_OF_BLOCKS = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "layernorm": "norm",
+}
+_OF_A_BLOCK = {
+    "layernorm_before": "norm1",
+    "attention.output.dense": "attn.proj",
+    "layernorm_after": "norm2",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+}
+_IN_A_BLOCK = re.compile(r"encoder\.layer\.(\d+)\.(.+)")
+_QUERY = re.compile(r"encoder\.layer\.(\d+)\.attention\.attention\.query\.(weight|bias)")
+# What has no part in embeddings: a layer on CLS for other tasks, and the token of hidden patches.
+_UNUSED = ("pooler.", "embeddings.mask_token")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """What a folder says of its network.
+
+    Attributes:
+        weights: the file of the tensors.
+        mean, std: of each channel, on a scale of 0 to 1; None where the folder does not tell.
+        num_heads: attention heads; None where the folder does not tell.
+    """
+
+    weights: Path
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    num_heads: int | None
+
+
+def is_published(folder: Path) -> bool:
+    """Whether this is a folder with a `config.json`."""
+    return (folder / CONFIG).is_file()
+
+
+def read_folder(folder: Path) -> Published:
+    """Finds the weights in a folder, and how the network wants its pictures.
+
+    Raises:
+        ArtifactError: files that are missing or cannot be read, or a network that computes
+            something else than the original's.
+    """
+    config = _read_json(folder / CONFIG)
+    _check_config(config, folder / CONFIG)
+    weights = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if weights is None:
+        shards = (folder / f"{_WEIGHTS[0]}.index.json").is_file()
+        why = "; its weights lie in several files, which are not read" if shards else ""
+        raise ArtifactError(f"{folder} holds neither {' nor '.join(_WEIGHTS)}{why}")
+    timm = config.get("pretrained_cfg")
+    found, names = (timm if isinstance(timm, dict) else {}), ("mean", "std")
+    said_in = folder / CONFIG
+    if (folder / _PREPROCESSOR).is_file():
+        said_in = folder / _PREPROCESSOR
+        found, names = _read_json(said_in), ("image_mean", "image_std")
+    mean, std = (_numbers(found, name, said_in) for name in names)
+    return Published(
+        weights=weights, mean=mean, std=std, num_heads=config.get("num_attention_heads")
+    )
+
+
+def original_names(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors of a transformers `ViTModel` under the original's names; others as they are.
+
+    Query, key and value of a block, three tensors of [D, D] there, are one of [3 D, D] here.
+
+    Raises:
+        ArtifactError: a block's query, key and value do not go together.
+    """
+    prefix = "vit." if any(name.startswith("vit.embeddings.") for name in tensors) else ""
+    if f"{prefix}embeddings.cls_token" not in tensors:
+        return dict(tensors)
+    below = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    named: dict[str, Tensor] = {}
+    for name, tensor in below.items():
+        if query := _QUERY.fullmatch(name):
+            block, part = query.groups()
+            named[f"blocks.{block}.attn.qkv.{part}"] = _joined(below, name, path)
+        elif not name.startswith(_UNUSED) and not _joined_with_query(name):
+            named[_original_name(name)] = tensor
+    return named
+
+
+def _original_name(name: str) -> str:
+    table, before, rest = _OUTSIDE_OF_BLOCKS, "", name
+    if found := _IN_A_BLOCK.fullmatch(name):
+        table, before, rest = _OF_A_BLOCK, f"blocks.{found[1]}.", found[2]
+    if rest in table:
+        return before + table[rest]
+    stem, _, part = rest.rpartition(".")
+    return f"{before}{table[stem]}.{part}" if stem in table else name
+
+
+def _joined_with_query(name: str) -> bool:
+    return _QUERY.fullmatch(re.sub(r"\.(key|value)\.", ".query.", name)) is not None
+
+
+def _joined(tensors: Mapping[str, Tensor], query: str, path: Path) -> Tensor:
+    names = [query.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+    if missing := [name for name in names if name not in tensors]:
+        raise ArtifactError(f"{path} holds {query} without {' and '.join(missing)}")
+    parts = [tensors[name] for name in names]
+    if any(p.shape != parts[0].shape or p.dtype != parts[0].dtype or not p.ndim for p in parts):
+        shapes = ", ".join(f"{p.dtype} {list(p.shape)}" for p in parts)
+        raise ArtifactError(f"{path}: {', '.join(names)} differ: {shapes}")
+    return torch.cat(parts)
+
+
+def _check_config(config: dict[str, Any], path: Path) -> None:
+    """Refuses what transformers' file tells of a network that is no plain ViT."""
+    wanted = {"model_type": "vit", "hidden_act": "gelu"}
+    for field, value in wanted.items():
+        if config.get(field, value) != value:
+            raise ArtifactError(f"{field} in {path} is {config[field]!r}; {value!r} can be read")
+    heads = config.get("num_attention_heads", 1)
+    if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1:
+        raise ArtifactError(f"num_attention_heads in {path} is {heads!r}, not a count")
+    epsilon = config.get("layer_norm_eps", 0)
+    if not isinstance(epsilon, int | float) or not 0 <= epsilon <= _LARGEST_EPSILON:
+        raise ArtifactError(
+            f"layer_norm_eps in {path} is {epsilon!r}; from 0 to {_LARGEST_EPSILON} can be read "
+            "(1e-6 is used, as in the original)"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{path} holds a {type(content).__name__}, not a JSON object")
+    return content
+
+
+def _numbers(content: Mapping[str, Any], field: str, path: Path) -> tuple[float, ...] | None:
+    value = content.get(field)
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(
+        isinstance(n, int | float) and not isinstance(n, bool) for n in value
+    ):
+        raise ArtifactError(f"{field} in {path} is {value!r}, not a list of numbers")
+    return tuple(float(n) for n in value)
