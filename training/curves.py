@@ -102,6 +102,8 @@ def loss_panel(columns: Mapping[str, Values], ceiling: float, marks: Sequence[in
         figure, axes = _axes("Loss = teacher entropy + KL (nats)", wide=True)
         x, entropy, _ = _buckets(columns["step"], columns["teacher_entropy"])
         _, loss, _ = _buckets(columns["step"], columns["loss"])
+        if len(x) == 1:  # areas and lines of one point cannot be seen
+            x, entropy, loss = x + np.array([-0.5, 0.5]), entropy.repeat(2), loss.repeat(2)
         axes.fill_between(x, 0, entropy, color=BLUE, alpha=0.22, lw=0, label="teacher entropy")
         axes.fill_between(x, entropy, loss, color=ORANGE, alpha=0.45, lw=0, label="KL")
         axes.plot(x, loss, color=INK, lw=1.4, label="loss")

@@ -2,6 +2,7 @@ import base64
 import json
 import math
 import platform
+import re
 import shutil
 import subprocess
 import tarfile
@@ -20,6 +21,7 @@ from tests.training.tiny_runs import tiles
 from training.attention_maps import attention_maps, fixed_pictures, read_film
 from training.collapse import CollapseAlarm
 from training.config import Recipe, recipe_from_dict, recipe_to_dict
+from training.curves import loss_panel
 from training.data import at_random, open_source
 from training.distributed import World
 from training.environment import environment, write_environment
@@ -107,6 +109,15 @@ def test_a_page_without_knn_and_attention_says_so(
     assert "No attention maps: they are of ViTs alone" in page.text
     for word in ("model.architecture", "vit_tiny", "optimizer.warmup_epochs", torch.__version__):
         assert word in page.text
+
+
+def test_a_single_logged_step_is_seen_in_the_chart_of_the_loss() -> None:
+    row = {"step": 20.0, "loss": 7.0, "teacher_entropy": 4.0, "kl": 3.0}
+    drawn = loss_panel({k: np.array([v]) for k, v in row.items()}, ceiling=7.6, marks=())
+    areas = re.findall(r'<g id="FillBetween.*?<path [^>]*? d="([^"]*)"', drawn.decode(), re.DOTALL)
+    assert len(areas) == 2
+    for area in areas:
+        assert len(set(re.findall(r"[ML] (\S+) ", area))) > 1
 
 
 def test_knn_alarms_and_progress_are_shown(run_dir: Path) -> None:
