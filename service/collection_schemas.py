@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from index.kinds import ChosenKind, IndexSettings, Kind
-from service.schemas import Answer, Options
+from service.schemas import Answer, Number, Options, Whole
 
 
 class IndexOptions(Options):
@@ -15,23 +15,23 @@ class IndexOptions(Options):
     kind: ChosenKind = Field(
         default=IndexSettings.kind, description="auto: by the number of pictures"
     )
-    hnsw_m: int = Field(
+    hnsw_m: Whole = Field(
         default=IndexSettings.hnsw_m, description="links of a vector in the graph, 4 to 256"
     )
-    ef_construction: int = Field(
+    ef_construction: Whole = Field(
         default=IndexSettings.ef_construction,
         description="candidates for a new vector's links, 8 to 2048",
     )
-    lists: int | None = Field(
+    lists: Whole | None = Field(
         default=IndexSettings.lists,
         description="inverted lists of the ivf kinds and mapped; null: by the number of pictures",
     )
-    pq_bytes: int | None = Field(
+    pq_bytes: Whole | None = Field(
         default=IndexSettings.pq_bytes,
         description="bytes of a vector in ivf_pq, a divisor of every vector's length; "
         "null: about a quarter of the length",
     )
-    target_recall: float = Field(
+    target_recall: Number = Field(
         default=IndexSettings.target_recall,
         description="the part of the true nearest that a search should find, above 0 up to 1",
     )

@@ -8,7 +8,7 @@ from pydantic_core import PydanticCustomError
 
 from service.encoder import Feature
 from service.heatmaps import Colormap
-from service.schemas import PICTURE_EXAMPLE, Answer, Options, Picture
+from service.schemas import PICTURE_EXAMPLE, Answer, Number, Options, Picture, Whole
 
 View = Literal["attention", "pca", "similarity"]
 MapFormat = Literal["png", "webp", "json", "npy"]
@@ -44,7 +44,7 @@ class EmbeddingOptions(Options):
         "patch tokens of the same view. copy: the paper's copy descriptor of the whole picture "
         "squashed to a square, raw. /v1/models tells which the model has, and their lengths.",
     )
-    dimensions: int | None = Field(
+    dimensions: Whole | None = Field(
         default=None,
         description="must be the feature's own length, if given: DINO was not trained for shorter "
         "embeddings, and they cannot be cut",
@@ -155,7 +155,7 @@ class AttentionOptions(Options):
         "their numbers; of view=attention",
         examples=["mean", "0", "all"],
     )
-    block: int | None = Field(
+    block: Whole | None = Field(
         default=None,
         ge=-1000,
         le=1000,
@@ -173,7 +173,7 @@ class AttentionOptions(Options):
         description="attention rolled out over all blocks (arXiv 2005.00928): heads averaged, the "
         "identity added, rows scaled to one, and multiplied",
     )
-    resolution: int | None = Field(
+    resolution: Whole | None = Field(
         default=None,
         ge=1,
         description="short side of the picture in pixels as the model sees it, at most "
@@ -182,7 +182,7 @@ class AttentionOptions(Options):
         "what an embedding costs",
         examples=[128],
     )
-    threshold: float | None = Field(
+    threshold: Number | None = Field(
         default=None,
         gt=0.0,
         le=1.0,
@@ -190,10 +190,10 @@ class AttentionOptions(Options):
         examples=[0.6],
     )
     colormap: Colormap = Field(default="viridis", description="colours from weak to strong")
-    overlay: float = Field(
+    overlay: Number = Field(
         default=0.6, ge=0.0, le=1.0, description="strength over the picture; 1 is the map alone"
     )
-    size: int | None = Field(
+    size: Whole | None = Field(
         default=None,
         ge=16,
         le=2048,

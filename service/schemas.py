@@ -5,9 +5,10 @@ maps.
 """
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic_core import PydanticKnownError
 
 from backbone.pictures import Mode
 from index.records import OnDuplicate, Outcome
@@ -37,6 +38,21 @@ _FILTER_TOLD = (
     "of conditions; a condition is a key with one of match, range, exists, or another such object "
     "(docs/filters.md)"
 )
+
+
+def _no_truth_value(error: Literal["int_type", "float_type"]) -> BeforeValidator:
+    def check(value: object) -> object:
+        if isinstance(value, bool):  # pydantic would take true for 1
+            raise PydanticKnownError(error)
+        return value
+
+    return BeforeValidator(check)
+
+
+Whole: TypeAlias = Annotated[int, _no_truth_value("int_type")]
+"""A whole number in a request."""
+Number: TypeAlias = Annotated[float, _no_truth_value("float_type")]
+"""A number in a request."""
 
 
 class Options(BaseModel):
@@ -220,7 +236,7 @@ class PageOptions(FilterText):
     """Which part of a listing."""
 
     cursor: str | None = Field(default=None, description="next_cursor of the page before")
-    limit: int = Field(default=100, ge=1, le=1000, description="most pictures in the answer")
+    limit: Whole = Field(default=100, ge=1, le=1000, description="most pictures in the answer")
 
 
 class ImagePage(Answer):
@@ -233,8 +249,8 @@ class ImagePage(Answer):
 class SearchTerms(Options):
     """How many matches, and how good."""
 
-    k: int = Field(default=10, ge=1, le=1000, description="most matches")
-    min_score: float | None = Field(default=None, ge=-1.0, le=1.0, description="least cosine")
+    k: Whole = Field(default=10, ge=1, le=1000, description="most matches")
+    min_score: Number | None = Field(default=None, ge=-1.0, le=1.0, description="least cosine")
 
 
 class SearchOptions(SearchTerms, FilterText):
@@ -276,8 +292,8 @@ class ClassifyTerms(Options):
         description="the metadata key whose value is voted on; needed",
         examples=["label"],
     )
-    k: int = Field(default=20, ge=1, le=1000, description="neighbours that vote")
-    temperature: float = Field(default=0.07, gt=0.0, description="weight is exp(score / this)")
+    k: Whole = Field(default=20, ge=1, le=1000, description="neighbours that vote")
+    temperature: Number = Field(default=0.07, gt=0.0, description="weight is exp(score / this)")
 
 
 class ClassifyOptions(ClassifyTerms, FilterText):
@@ -307,7 +323,7 @@ class ClassifyAnswer(Answer):
 class CopyTerms(Options):
     """How many candidates."""
 
-    k: int = Field(default=10, ge=1, le=1000, description="most candidates")
+    k: Whole = Field(default=10, ge=1, le=1000, description="most candidates")
 
 
 class CopyOptions(CopyTerms, FilterText):

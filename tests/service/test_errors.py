@@ -262,3 +262,47 @@ async def test_a_failing_model_is_a_503_and_the_next_request_works(
     encoder.failure = None
     json_of(await client.post("/v1/embeddings", json=body))
     assert json_of(await client.get("/readyz"))["status"] == "ok"
+
+
+def schemas_of(schema: dict[str, Any], components: dict[str, Any]) -> list[dict[str, Any]]:
+    """A schema, and those that it may also be."""
+    if "$ref" in schema:
+        return schemas_of(components[schema["$ref"].rsplit("/", 1)[1]], components)
+    inner = [s for key in ("anyOf", "oneOf", "allOf") for s in schema.get(key, [])]
+    return [schema, *(found for s in inner for found in schemas_of(s, components))]
+
+
+def numbers_in_bodies() -> list[tuple[str, str, str]]:
+    """Path, method and field of each number that a JSON body may bring."""
+    components = API["components"]["schemas"]
+    return [
+        (path, method.upper(), name)
+        for path, item in API["paths"].items()
+        for method, operation in item.items()
+        if "application/json" in operation.get("requestBody", {}).get("content", {})
+        for body in schemas_of(
+            operation["requestBody"]["content"]["application/json"]["schema"], components
+        )
+        for name, field in body.get("properties", {}).items()
+        if {s.get("type") for s in schemas_of(field, components)} & {"integer", "number"}
+    ]
+
+
+@pytest.mark.parametrize(("path", "method", "field"), numbers_in_bodies())
+async def test_true_is_no_number(
+    client: httpx.AsyncClient, path: str, method: str, field: str
+) -> None:
+    picture = "input" if "embeddings" in path else "image"
+    content = {picture: data_uri(png(seed=1)), field: True}
+    answer = await client.request(method, filled_in(path), json=content)
+    assert error_of(answer, 422, "invalid_parameter")["param"] == field
+    assert "valid integer" in answer.text or "valid number" in answer.text
+
+
+def test_numbers_are_found_in_bodies() -> None:
+    found = {(path, field) for path, _, field in numbers_in_bodies()}
+    assert {
+        ("/v1/embeddings", "dimensions"),
+        ("/v1/attention", "threshold"),
+        ("/v1/collections/{name}/search", "k"),
+    } <= found
