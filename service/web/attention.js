@@ -1,22 +1,53 @@
-// The attention panel: one map per head and their mean, and how they are drawn.
+// The panel of maps: the attention of a block head by head or of all blocks, and what the patches
+// are like. A point of the picture, chosen by a click or in numbers, takes the place of CLS.
 
 import { Latest, postAttention } from "./api.js";
-import { ErrorBox, MapTile } from "./views.js";
+import { ErrorBox, MapTile, PointMarker, shownBox } from "./views.js";
 
 const MAP_PIXELS = 480; // long side of each map
 const REDRAW_DELAY_MS = 200; // a slider is still being moved
+const CENTRE = { x: 0.5, y: 0.5 };
+
+// What each choice asks of the service, which controls have a part in it, and what stands above.
+const VIEWS = {
+  heads: {
+    query: {},
+    controls: ["block", "point-x", "point-y", "colormap", "overlay", "threshold"],
+    note: (from) => `Where ${from} looks, head by head`,
+  },
+  rollout: {
+    query: { rollout: true },
+    controls: ["point-x", "point-y", "colormap", "overlay", "threshold"],
+    note: (from) => `Where ${from} looks, rolled out over all blocks`,
+    caption: "All blocks",
+  },
+  pca: {
+    query: { view: "pca" },
+    controls: ["overlay"],
+    note: () => "The patches’ first three principal components as red, green and blue",
+    caption: "Patches as colours",
+  },
+  similarity: {
+    query: { view: "similarity" },
+    controls: ["point-x", "point-y", "colormap", "overlay"],
+    note: () => "How alike each patch is to the one at the point",
+    caption: "Likeness to the point",
+  },
+};
+const CONTROLS = VIEWS.heads.controls; // all of them
+const NEED_ATTENTION = ["heads", "rollout"];
 
 const $ = (id) => document.getElementById(id);
 
 export class AttentionPanel {
   #tiles = [];
-  #shown = null; // {picture: Promise<Blob | null>, name}
+  #shown = null; // {picture: Promise<Blob | null>, name, file}
+  #model = null;
   #latest = new Latest();
   #errors = new ErrorBox($("attention-error"));
-  #headsNote = $("attention-note").textContent;
-  #idleNote = this.#headsNote;
+  #marker = new PointMarker($("preview"), $("marker"));
   #onError;
-  #resolution;
+  #timer = 0;
 
   /** `onError(error, box, retry)` says what went wrong. */
   constructor(onError) {
@@ -25,31 +56,35 @@ export class AttentionPanel {
     this.#showDrawing();
   }
 
-  /** A convolutional network has no heads: there is nothing to draw, and the note says why. */
-  setModel({ heads: count, max_resolution: resolution }) {
-    this.#resolution = resolution; // maps as fine as the service makes them
-    this.#idleNote = count
-      ? this.#headsNote
-      : "This model is a convolutional network, which has no attention to show";
+  /** A convolutional network has no attention: what its patches are like can still be drawn. */
+  setModel(model) {
+    this.#model = model;
+    const { blocks, heads } = model;
+    const numbers = Array.from({ length: blocks }, (_, i) => blocks - 1 - i);
+    $("block").replaceChildren(
+      ...numbers.map((i) => new Option(i === blocks - 1 ? `${i} (the last)` : i, i)),
+    );
+    for (const option of $("view").options) {
+      option.disabled = !heads && NEED_ATTENTION.includes(option.value);
+    }
+    if (!heads) $("view").value = "pca";
+    $("view").disabled = false;
     this.clear();
-    const heads = Array.from({ length: count }, (_, i) => new MapTile(i, `Head ${i}`));
-    this.#tiles = count ? [new MapTile("mean", "Mean of all heads"), ...heads] : [];
-    for (const id of ["colormap", "overlay", "threshold"]) $(id).disabled = count === 0;
-    $("maps").replaceChildren(...this.#tiles.map((tile) => tile.figure));
+    this.#arrange();
   }
 
   show(picture, { name, file }) {
-    if (!this.#tiles.length) return;
-    this.#shown = { picture, name };
-    $("attention-note").textContent = file ? this.#idleNote : "Drawn from the stored thumbnail";
-    this.#draw();
+    this.#shown = { picture, name, file };
+    if (this.#model) this.#draw();
   }
 
   clear() {
     this.#latest.cancel();
+    clearTimeout(this.#timer);
     this.#shown = null;
     this.#errors.clear();
-    $("attention-note").textContent = this.#idleNote;
+    this.#setPoint(null);
+    this.#showNote();
     for (const tile of this.#tiles) {
       tile.image.clear();
       tile.busy = false;
@@ -60,12 +95,67 @@ export class AttentionPanel {
   setRatio(ratio) {
     const bounded = Math.min(2, Math.max(0.5, ratio));
     $("maps").style.setProperty("--ratio", bounded.toFixed(2));
+    this.#showPoint(); // there is a picture now, on which it can stand
+  }
+
+  get #view() {
+    return VIEWS[$("view").value];
+  }
+
+  /** The point as fractions of width and height; null is CLS, or the centre where there must be one. */
+  get #point() {
+    const [x, y] = [$("point-x"), $("point-y")];
+    if (x.value && y.value && x.validity.valid && y.validity.valid) {
+      return { x: Number(x.value) / 100, y: Number(y.value) / 100 };
+    }
+    return this.#view === VIEWS.similarity ? CENTRE : null;
+  }
+
+  #setPoint(point) {
+    $("point-x").value = point ? Math.round(point.x * 100) : "";
+    $("point-y").value = point ? Math.round(point.y * 100) : "";
+    this.#showPoint();
+  }
+
+  #showPoint() {
+    const takesPoint = this.#view.controls.includes("point-x");
+    this.#marker.show(this.#shown && takesPoint ? this.#point : null);
+    $("no-point").disabled = !takesPoint || !($("point-x").value || $("point-y").value);
+  }
+
+  /** Tiles and controls for the chosen view. */
+  #arrange() {
+    const { caption, controls } = this.#view;
+    for (const id of CONTROLS) $(id).disabled = !controls.includes(id);
+    for (const tile of this.#tiles) tile.image.clear();
+    if (caption) {
+      this.#tiles = [new MapTile(undefined, caption)];
+    } else {
+      const heads = Array.from({ length: this.#model.heads }, (_, i) => i);
+      this.#tiles = [
+        new MapTile("mean", "Mean of all heads"),
+        ...heads.map((i) => new MapTile(i, `Head ${i}`)),
+      ];
+    }
+    $("maps").replaceChildren(...this.#tiles.map((tile) => tile.figure));
+    this.#showPoint();
+    this.#showNote();
+  }
+
+  #showNote() {
+    const hasAttention = this.#model?.heads !== 0;
+    const parts = [this.#view.note(this.#point ? "the point’s patch" : "the CLS token")];
+    if (!hasAttention) parts.push("this model is a convolutional network, which has no attention");
+    if (this.#shown && !this.#shown.file) parts.push("drawn from the stored thumbnail");
+    $("attention-note").textContent = parts.join("; ");
   }
 
   async #draw() {
     const signal = this.#latest.next();
     const { picture, name } = this.#shown;
     this.#errors.clear();
+    this.#showNote();
+    this.#showPoint();
     for (const tile of this.#tiles) tile.busy = true;
     try {
       const blob = await picture.catch(() => undefined); // why not is told beside the picture
@@ -85,25 +175,70 @@ export class AttentionPanel {
   }
 
   async #drawOne(tile, blob, name, signal) {
-    const options = { head: tile.head, resolution: this.#resolution, ...drawing() };
-    const png = await postAttention(blob, options, signal);
-    await tile.image.show(png, `${tile.caption}: attention over ${name}`);
+    const png = await postAttention(blob, { head: tile.head, ...this.#options() }, signal);
+    await tile.image.show(png, `${tile.caption}: ${$("attention-note").textContent}, in ${name}`);
     if (signal.aborted) return;
     this.setRatio(tile.image.ratio);
     tile.busy = false;
   }
 
+  /** What is asked of the service, for the controls that have a part in the view. */
+  #options() {
+    const { query, controls } = this.#view;
+    const point = this.#point;
+    const threshold = Number($("threshold").value) / 100;
+    const chosen = {
+      block: $("block").value,
+      "point-x": point && `${point.x.toFixed(2)},${point.y.toFixed(2)}`,
+      colormap: $("colormap").value,
+      overlay: Number($("overlay").value) / 100,
+      threshold: threshold < 1 ? threshold : undefined,
+    };
+    const options = { ...query, resolution: this.#model.max_resolution, size: MAP_PIXELS };
+    for (const id of controls) {
+      const name = id === "point-x" ? "point" : id;
+      if (chosen[id] !== undefined && chosen[id] !== null) options[name] = chosen[id];
+    }
+    return options;
+  }
+
   #listen() {
-    let timer = 0;
-    const redraw = () => this.#shown && this.#draw();
+    const redraw = () => this.#shown && this.#model && this.#draw();
+    const redrawSoon = () => {
+      clearTimeout(this.#timer);
+      this.#timer = setTimeout(redraw, REDRAW_DELAY_MS);
+    };
     for (const id of ["overlay", "threshold"]) {
       $(id).addEventListener("input", () => {
         this.#showDrawing();
-        clearTimeout(timer);
-        timer = setTimeout(redraw, REDRAW_DELAY_MS);
+        redrawSoon();
       });
     }
-    $("colormap").addEventListener("change", redraw);
+    for (const id of ["point-x", "point-y"]) {
+      $(id).addEventListener("input", () => {
+        this.#showPoint();
+        redrawSoon();
+      });
+    }
+    for (const id of ["colormap", "block"]) $(id).addEventListener("change", redraw);
+    $("view").addEventListener("change", () => {
+      this.#arrange();
+      redraw();
+    });
+    $("no-point").addEventListener("click", () => {
+      this.#setPoint(null);
+      redraw();
+    });
+    for (const id of ["preview", "maps"]) {
+      $(id).addEventListener("click", (event) => {
+        if (!(event.target instanceof HTMLImageElement) || !this.#shown) return;
+        if (!this.#view.controls.includes("point-x")) return;
+        const point = pointIn(event.target, event);
+        if (!point) return;
+        this.#setPoint(point);
+        redraw();
+      });
+    }
   }
 
   #showDrawing() {
@@ -113,12 +248,9 @@ export class AttentionPanel {
   }
 }
 
-function drawing() {
-  const threshold = Number($("threshold").value) / 100;
-  return {
-    colormap: $("colormap").value,
-    overlay: Number($("overlay").value) / 100,
-    threshold: threshold < 1 ? threshold : undefined,
-    size: MAP_PIXELS,
-  };
+/** Where in a picture a click is, as fractions; null beside it, in the box that it is shown in. */
+function pointIn(image, { clientX, clientY }) {
+  const { left, top, width, height } = shownBox(image);
+  const [x, y] = [(clientX - left) / width, (clientY - top) / height];
+  return x >= 0 && x <= 1 && y >= 0 && y <= 1 ? { x, y } : null;
 }

@@ -94,6 +94,48 @@ export class MapTile {
   }
 }
 
+/** Where a picture stands on the screen within its <img>, which it need not fill. */
+export function shownBox(image) {
+  const box = image.getBoundingClientRect();
+  const scale = Math.min(box.width / image.naturalWidth, box.height / image.naturalHeight);
+  const [width, height] = [image.naturalWidth * scale, image.naturalHeight * scale];
+  return {
+    left: box.left + (box.width - width) / 2,
+    top: box.top + (box.height - height) / 2,
+    width,
+    height,
+  };
+}
+
+/** A mark over a point of a picture, which stays there when the picture's size changes. */
+export class PointMarker {
+  #image;
+  #mark;
+  #point = null;
+
+  /** `mark` lies in the same box as `image`. */
+  constructor(image, mark) {
+    this.#image = image;
+    this.#mark = mark;
+    new ResizeObserver(() => this.#place()).observe(image.parentElement);
+  }
+
+  /** `point` is in fractions of the picture's width and height; null takes the mark away. */
+  show(point) {
+    this.#point = point;
+    this.#place();
+  }
+
+  #place() {
+    this.#mark.hidden = !this.#point || this.#image.hidden || !this.#image.naturalWidth;
+    if (this.#mark.hidden) return;
+    const outer = this.#image.parentElement.getBoundingClientRect();
+    const { left, top, width, height } = shownBox(this.#image);
+    this.#mark.style.left = `${left - outer.left + this.#point.x * width}px`;
+    this.#mark.style.top = `${top - outer.top + this.#point.y * height}px`;
+  }
+}
+
 /** The form that asks for a key; `onKey(key)` takes what was given. */
 export class KeyForm {
   #form = document.getElementById("key-form");
