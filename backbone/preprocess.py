@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from backbone.pictures import Mode
+from backbone.resizing import Pixels, Resize, with_pillow
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -23,7 +24,6 @@ picture ends inside of them. Views of it are then those of the whole picture.
 
 LONGEST = 4.0
 """Times the short side that the long side of a whole picture may be for the model."""
-_BICUBIC = Image.Resampling.BICUBIC
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,16 +115,24 @@ class Preprocess:
                 raise ValueError(f"{field} is {numbers!r}, not a list of numbers")
         return cls(**{**value, "mean": tuple(value["mean"]), "std": tuple(value["std"])})
 
-    def centre_crop(self, picture: Image.Image, *, extent: Extent | None = None) -> Tensor:
+    def centre_crop(
+        self,
+        picture: Image.Image,
+        *,
+        extent: Extent | None = None,
+        resize: Resize = with_pillow,
+    ) -> Tensor:
         """The evaluation's view [C, crop, crop]: short side to `resize`, then the centre square."""
         if extent is None:
             picture = _without_far_ends(picture)
         size = self.centre_crop_size(*(extent or picture.size))
-        if min(extent or picture.size) != self.resize:
-            picture = self._resized(picture, size, extent)
         left = round((size[0] - self.crop) / 2)
         top = round((size[1] - self.crop) / 2)
-        return self.to_tensor(picture.crop((left, top, left + self.crop, top + self.crop)))
+        if min(extent or picture.size) == self.resize:
+            box = (left, top, left + self.crop, top + self.crop)
+            return self.to_tensor(picture.crop(box))
+        pixels = self._resized(picture, size, extent, resize)
+        return self._normalised(pixels[top : top + self.crop, left : left + self.crop])
 
     def whole(
         self,
@@ -133,6 +141,7 @@ class Preprocess:
         short_side: float,
         multiple: int,
         extent: Extent | None = None,
+        resize: Resize = with_pillow,
     ) -> Tensor:
         """The picture in its own aspect ratio, [C, H, W], both sides multiples of `multiple`.
 
@@ -140,14 +149,19 @@ class Preprocess:
         to the same scale; at most `LONGEST` times the short one: a sliver does not become a giant.
         """
         size = self.whole_size(*(extent or picture.size), short_side=short_side, multiple=multiple)
-        return self.to_tensor(self._resized(picture, size, extent))
+        return self._normalised(self._resized(picture, size, extent, resize))
 
     def squash(
-        self, picture: Image.Image, *, multiple: int, extent: Extent | None = None
+        self,
+        picture: Image.Image,
+        *,
+        multiple: int,
+        extent: Extent | None = None,
+        resize: Resize = with_pillow,
     ) -> Tensor:
         """The copy descriptor's view: the whole picture as a square near `copy_size`, [C, S, S]."""
         side = self.squash_side(multiple=multiple)
-        return self.to_tensor(self._resized(picture, (side, side), extent))
+        return self._normalised(self._resized(picture, (side, side), extent, resize))
 
     def centre_crop_size(self, width: float, height: float) -> tuple[int, int]:
         """What `centre_crop` scales a picture of this width and height to, before it cuts."""
@@ -176,18 +190,20 @@ class Preprocess:
 
     def to_tensor(self, picture: Image.Image) -> Tensor:
         """8-bit picture -> normalised float32 [C, H, W]."""
+        return self._normalised(np.asarray(self._channels(picture)))
+
+    def _normalised(self, pixels: Pixels) -> Tensor:
         # In numpy: threads that decode would each wake a team of torch's own for it.
-        pixels = np.asarray(self._channels(picture)).reshape(picture.height, picture.width, -1)
+        pixels = pixels.reshape(*pixels.shape[:2], -1)
         values = np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32)
         values -= np.array(self.mean, dtype=np.float32).reshape(-1, 1, 1) * np.float32(255.0)
         values /= np.array(self.std, dtype=np.float32).reshape(-1, 1, 1) * np.float32(255.0)
         return torch.from_numpy(values)
 
     def _resized(
-        self, picture: Image.Image, size: tuple[int, int], extent: Extent | None
-    ) -> Image.Image:
-        box = (0.0, 0.0, *(extent or picture.size))
-        return self._channels(picture).resize(size, _BICUBIC, box=box)
+        self, picture: Image.Image, size: tuple[int, int], extent: Extent | None, resize: Resize
+    ) -> Pixels:
+        return resize(self._channels(picture), size, extent or picture.size)
 
     def _channels(self, picture: Image.Image) -> Image.Image:
         return picture if picture.mode == self.mode else picture.convert(self.mode)

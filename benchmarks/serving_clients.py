@@ -1,12 +1,20 @@
-"""Closed-loop clients for `serving.py`, as light as they can be: raw sockets in one event loop."""
+"""Closed-loop clients for `serving.py`, as light as they can be: plain sockets in one thread.
 
-import asyncio
+They run on the service's own cores, so what they take is missing there: .07 ms for a request, where
+asyncio's streams took .16.
+"""
+
 import math
+import select
+import socket
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 
 _BOUNDARY = b"----benchmark"
+_TAIL = b"\r\n--%s--\r\n" % _BOUNDARY
+_CHUNK = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -22,7 +30,7 @@ class Target:
             f'Content-Disposition: form-data; name="{self.field}"; filename="a"\r\n'
             "Content-Type: application/octet-stream\r\n\r\n"
         ).encode()
-        body = b"--%s\r\n%s%s\r\n--%s--\r\n" % (_BOUNDARY, part, content, _BOUNDARY)
+        body = b"--%s\r\n%s%s%s" % (_BOUNDARY, part, content, _TAIL)
         head = (
             f"POST {self.path} HTTP/1.1\r\nHost: 127.0.0.1:{self.port}\r\n"
             f"Content-Type: multipart/form-data; boundary={_BOUNDARY.decode()}\r\n"
@@ -52,43 +60,95 @@ def drive(
     Until the pictures end, or for about `seconds`.
 
     Raises:
-        RuntimeError: an answer that is not 200.
+        RuntimeError: an answer that is not 200, or a connection that ended without one.
     """
-    return asyncio.run(_drive(target, pictures, clients, seconds))
-
-
-async def _drive(target: Target, pictures: Iterator[bytes], clients: int, seconds: float) -> Load:
     seconds_each: list[float] = []
+    poll = select.epoll()
+    open_ones: dict[int, _Client] = {}
     start = last = time.perf_counter()
 
-    async def client() -> None:
-        nonlocal last
-        reader, writer = await asyncio.open_connection("127.0.0.1", target.port)
-        try:
-            while time.perf_counter() < start + seconds and (content := next(pictures, None)):
-                seconds_each.append(await _exchange(reader, writer, target.request(content)))
-                last = time.perf_counter()
-        finally:
-            writer.close()
+    def ask(client: _Client) -> bool:
+        """Whether there was something to ask for."""
+        if time.perf_counter() >= start + seconds or (content := next(pictures, None)) is None:
+            return False
+        client.ask(target.request(content))
+        return True
 
-    await asyncio.gather(*(client() for _ in range(clients)))
+    def watch(client: _Client) -> None:
+        poll.modify(client.number, select.EPOLLIN | (select.EPOLLOUT if client.unsent else 0))
+
+    try:
+        for _ in range(clients):
+            client = _Client(socket.create_connection(("127.0.0.1", target.port)))
+            open_ones[client.number] = client
+            poll.register(client.number, select.EPOLLIN)
+        asking = [client for client in open_ones.values() if ask(client)]
+        for client in asking:
+            watch(client)
+        waiting = len(asking)
+        while waiting:
+            for number, events in poll.poll():
+                client = open_ones[number]
+                if events & select.EPOLLOUT:
+                    client.send()
+                    if not client.unsent:
+                        watch(client)
+                if events & ~select.EPOLLOUT and client.is_answered():
+                    last = time.perf_counter()
+                    seconds_each.append(last - client.asked)
+                    if not ask(client):
+                        waiting -= 1
+                    elif client.unsent:
+                        watch(client)
+    finally:
+        for client in open_ones.values():
+            client.close()
+        poll.close()
     # To the last answer: the requests under way at the end are counted, and so is their time.
     return Load(seconds_each, len(seconds_each) / (last - start))
 
 
-async def _exchange(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes
-) -> float:
-    before = time.perf_counter()
-    writer.write(request)
-    head = await reader.readuntil(b"\r\n\r\n")
-    length = next(
-        int(line.partition(b":")[2])
-        for line in head.split(b"\r\n")
-        if line.lower().startswith(b"content-length:")
-    )
-    body = await reader.readexactly(length)
-    took = time.perf_counter() - before
-    if not head.startswith(b"HTTP/1.1 200"):
-        raise RuntimeError(f"{head.decode()}{body[:500].decode(errors='replace')}")
-    return took
+@dataclass
+class _Client:
+    """One connection, and the request that is under way on it."""
+
+    connection: socket.socket
+    asked: float = 0.0
+    unsent: memoryview = field(default_factory=lambda: memoryview(b""))
+    _answer: bytes = b""
+    _length: int = 0
+
+    def __post_init__(self) -> None:
+        self.connection.setblocking(False)
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.number = self.connection.fileno()
+
+    def ask(self, request: bytes) -> None:
+        self.asked, self.unsent = time.perf_counter(), memoryview(request)
+        self._answer, self._length = b"", 0
+        self.send()
+
+    def send(self) -> None:
+        with suppress(BlockingIOError):
+            self.unsent = self.unsent[self.connection.send(self.unsent) :]
+
+    def is_answered(self) -> bool:
+        """Takes what has come; whether that was the rest of the answer."""
+        chunk = self.connection.recv(_CHUNK)
+        if not chunk:
+            raise RuntimeError("the service closed a connection without an answer")
+        self._answer += chunk
+        if not self._length:
+            head, end, _ = self._answer.partition(b"\r\n\r\n")
+            if not end:
+                return False
+            size = head.lower().partition(b"\r\ncontent-length:")[2].partition(b"\r\n")[0]
+            self._length = len(head) + len(end) + int(size)
+        if len(self._answer) < self._length:
+            return False
+        if not self._answer.startswith(b"HTTP/1.1 200"):
+            raise RuntimeError(self._answer[:1000].decode(errors="replace"))
+        return True
+
+    def close(self) -> None:
+        self.connection.close()
