@@ -13,7 +13,7 @@ answers.
   embeds what is ready, batch after batch, on all cores; *the* ceiling has a batch for each core, as
   the service has. They have twice as many pictures under way as the service has clients, so their
   batches are larger; `..., as many` have one for each client, with the settings that were best
-  with two.
+  with two. The *textbook* one is what LitServe's process does, without LitServe.
 - *The service*: `python -m service` with default settings, and 1, 4, 16 and 64 clients.
 - *LitServe*: the same network, with Pillow and torchvision before it, batching on, and the settings
   that a short trial of each kind found best.
@@ -45,14 +45,17 @@ from benchmarks.serving_pictures import make_pictures, without_end
 from benchmarks.serving_processes import CeilingProcess, LitServe, Server, Service, fill_collection
 
 CORES = len(os.sched_getaffinity(0))
+Settings = dict[str, int]
 COUNTS = {"jpeg": 48, "jpeg_12mp": 8, "png_2mp": 8}
 FIRST = (
     "throughput_vs_ceiling_16",
     "throughput_vs_plain_ceiling_16",
     "throughput_vs_plain_ceiling_16_as_many",
+    "throughput_vs_textbook_16",
     "throughput_vs_litserve_16",
     "throughput_vs_litserve_12mp",
     "latency_vs_ceiling_1",
+    "latency_vs_textbook_1",
     "attention_vs_embedding",
     "attention_vs_embedding_finest",
     "search_minus_embedding_ms",
@@ -130,9 +133,9 @@ class Benchmark:
         found |= self._search()
         return found
 
-    def _best_ceilings(self, ceiling: CeilingProcess) -> dict[str, dict[str, dict[str, int]]]:
+    def _best_ceilings(self, ceiling: CeilingProcess) -> dict[str, dict[str, Settings]]:
         """Kind -> name -> settings."""
-        best: dict[str, dict[str, dict[str, int]]] = {}
+        best: dict[str, dict[str, Settings]] = {}
         for kind in COUNTS:
             best[kind] = {}
             for name, candidates in self._ceilings().items():
@@ -148,10 +151,13 @@ class Benchmark:
                 }
         return best
 
-    def _ceilings(self) -> dict[str, list[dict[str, int]]]:
-        def candidates(compute_threads: int, *enough: int) -> list[dict[str, int]]:
+    def _ceilings(self) -> dict[str, list[Settings]]:
+        def candidates(
+            compute_threads: int, *enough: int, textbook: bool = False
+        ) -> list[Settings]:
             return [
                 {
+                    "textbook": textbook,
                     "decode_threads": decoding,
                     "compute_threads": compute_threads,
                     "enough": least,
@@ -161,7 +167,12 @@ class Benchmark:
                 for least in enough
             ][: 1 if self._options.quick else None]
 
-        return {"plain ceiling": candidates(1, 1), "ceiling": candidates(CORES, 1, 8)}
+        textbook = candidates(1, 1, textbook=True) + candidates(CORES, 8, textbook=True)
+        return {
+            "textbook": textbook,
+            "plain ceiling": candidates(1, 1),
+            "ceiling": candidates(CORES, 1, 8),
+        }
 
     def _best_rivals(self) -> dict[str, LitServe]:
         """The fastest LitServe for each kind, started and stopped (SIGSTOP)."""
@@ -190,7 +201,7 @@ class Benchmark:
         ceiling: CeilingProcess,
         service: Service,
         rivals: dict[str, LitServe],
-        settings: dict[str, dict[str, dict[str, int]]],
+        settings: dict[str, dict[str, Settings]],
     ) -> dict[str, Any]:
         seconds, rounds = self._options.seconds, self._options.rounds
         per_s: dict[str, dict[str, list[float]]] = {
@@ -236,6 +247,7 @@ class Benchmark:
             "throughput_vs_ceiling_16": ratio["jpeg"]["ceiling"],
             "throughput_vs_plain_ceiling_16": ratio["jpeg"]["plain ceiling"],
             "throughput_vs_plain_ceiling_16_as_many": ratio["jpeg"]["plain ceiling, as many"],
+            "throughput_vs_textbook_16": ratio["jpeg"]["textbook"],
             "throughput_vs_litserve_16": ratio["jpeg"].get("litserve"),
             "throughput_vs_litserve_12mp": ratio["jpeg_12mp"].get("litserve"),
         }
@@ -245,24 +257,38 @@ class Benchmark:
         with service.going():
             for kind in COUNTS:
 
-                def single(threads: int, kind: str = kind) -> list[float]:
-                    asked = {"kind": kind, "count": self._lot_size, "torch_threads": threads}
+                def single(way: Settings, kind: str = kind) -> list[float]:
+                    asked = {"kind": kind, "count": self._lot_size, **way}
                     seconds_each: list[float] = ceiling.do("single", **asked)["seconds_each"]
                     return seconds_each
 
-                best = min(sorted({1, CORES}), key=lambda threads: median(single(threads)))
-                ours, bare = [], []
+                def fastest(textbook: bool) -> Settings:
+                    ways = [
+                        {"torch_threads": threads, "textbook": textbook}
+                        for threads in sorted({1, CORES})
+                    ]
+                    return min(ways, key=lambda one: median(single(one)))
+
+                ways, ours = [fastest(False), fastest(True)], []
+                bare: list[list[float]] = [[], []]
                 for _ in range(self._options.lots):
-                    bare += single(best)
+                    for way, took in zip(ways, bare, strict=True):
+                        took += single(way)
                     ours += self._lot(service.target(), kind)
                 found[kind] = {
-                    "ceiling_threads": best,
+                    "ceiling_threads": ways[0]["torch_threads"],
                     "service_ms": 1e3 * median(ours),
-                    "ceiling_ms": 1e3 * median(bare),
-                    "ratio": median(ours) / median(bare),
+                    "ceiling_ms": 1e3 * median(bare[0]),
+                    "textbook_ms": 1e3 * median(bare[1]),
+                    "ratio": median(ours) / median(bare[0]),
+                    "textbook_ratio": median(ours) / median(bare[1]),
                 }
         say("one client", found)
-        return {"latency": found, "latency_vs_ceiling_1": found["jpeg"]["ratio"]}
+        return {
+            "latency": found,
+            "latency_vs_ceiling_1": found["jpeg"]["ratio"],
+            "latency_vs_textbook_1": found["jpeg"]["textbook_ratio"],
+        }
 
     def _attention(self, service: Service) -> dict[str, Any]:
         with urllib.request.urlopen(f"http://127.0.0.1:{service.port}/v1/models") as answer:

@@ -10,8 +10,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ import numpy as np
 sys.path[0] = str(Path(__file__).parents[1])
 
 from backbone.pretrained import load_model
+from benchmarks.serving_textbook import Textbook
 from service.encoder import Array, TorchEncoder
 from service.images import Limits, decode_reduced
 from service.precision import Precision
+from service.torch_threads import torch_threads
 
 CORES = len(os.sched_getaffinity(0))
 LIMITS = Limits(max_bytes=2**30, max_pixels=10**8)
@@ -37,6 +39,7 @@ class Ceiling:
         self._model = load_model(model)
         self._preparing = TorchEncoder(self._model)
         self._encoders: dict[tuple[Precision, int], TorchEncoder] = {}
+        self._textbook = Textbook(model)
 
     def encoder(self, precision: Precision, threads: int) -> TorchEncoder:
         key = precision, threads
@@ -57,46 +60,63 @@ class Ceiling:
         enough: int,
         window: int,
         batch: int = 16,
+        textbook: bool = False,
     ) -> dict[str, Any]:
         """Pictures a second: a pool decodes, another one embeds what is ready, in batches.
 
         `window` pictures are under way at once. A batch has `enough` of them, or all there are. One
-        thread that computes has all cores for each batch; several have their share.
+        thread that computes has all cores for each batch; several have their share. `textbook` is
+        without the service's own decoding, preprocessing and network.
         """
-        encoder, files = self.encoder("fp32", CORES), self.files(kind)
+        files, prepare, embed = self.files(kind), *self._ways(textbook, CORES, compute_threads)
         with (
             ThreadPoolExecutor(decode_threads) as decoding,
             ThreadPoolExecutor(compute_threads) as computing,
         ):
             done, number = 0, 0
-            decoded: set[Future[Array]] = set()
-            batches: set[Future[list[Array]]] = set()
-            ready: list[Array] = []
+            decoded: set[Future[Any]] = set()
+            batches: set[Future[Sequence[Any]]] = set()
+            ready: list[Any] = []
             start = time.perf_counter()
             while (now := time.perf_counter()) < start + seconds or decoded or batches or ready:
                 while now < start + seconds and number - done < window:
-                    decoded.add(decoding.submit(self.prepare, files[number % len(files)]))
+                    decoded.add(decoding.submit(prepare, files[number % len(files)]))
                     number += 1
                 while ready and len(batches) < compute_threads:
                     if len(ready) < enough and decoded:
                         break
                     share = -(-len(ready) // (compute_threads - len(batches)))
                     some, ready = ready[: min(share, batch)], ready[min(share, batch) :]
-                    run = partial(encoder.run, "cls", some, at_once=compute_threads)
-                    batches.add(computing.submit(run))
+                    batches.add(computing.submit(embed, some))
                 finished = wait([*decoded, *batches], return_when=FIRST_COMPLETED).done
                 ready += [one.result() for one in decoded & finished]
                 done += sum(len(one.result()) for one in batches & finished)
                 decoded, batches = decoded - finished, batches - finished
             return {"per_s": done / (time.perf_counter() - start)}
 
-    def single(self, *, kind: str, count: int, torch_threads: int) -> dict[str, Any]:
+    def _ways(
+        self, textbook: bool, threads: int, at_once: int = 1
+    ) -> tuple[Callable[[Path], Any], Callable[[list[Any]], Sequence[Any]]]:
+        """How a file is decoded, and how a batch is embedded."""
+        encoder = self.encoder("fp32", threads)
+
+        def embed(inputs: list[Any]) -> Sequence[Any]:
+            with torch_threads(max(1, threads // at_once)):
+                return self._textbook.embed(inputs)
+
+        if textbook:
+            return lambda file: self._textbook.prepare(file.read_bytes()), embed
+        return self.prepare, lambda inputs: encoder.run("cls", inputs, at_once=at_once)
+
+    def single(
+        self, *, kind: str, count: int, torch_threads: int, textbook: bool = False
+    ) -> dict[str, Any]:
         """Seconds of each of `count` pictures, one after another: read, decode, embed."""
-        encoder, files = self.encoder("fp32", torch_threads), self.files(kind)
+        files, prepare, embed = self.files(kind), *self._ways(textbook, torch_threads)
         seconds_each = []
         for i in range(count):
             before = time.perf_counter()
-            encoder.run("cls", [self.prepare(files[i % len(files)])])
+            embed([prepare(files[i % len(files)])])
             seconds_each.append(time.perf_counter() - before)
         return {"seconds_each": seconds_each}
 

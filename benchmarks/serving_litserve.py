@@ -6,7 +6,6 @@ One process for HTTP, and `--workers` processes that decode and compute batches.
 """
 
 import argparse
-import io
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,13 +13,11 @@ from typing import Annotated, Any
 import litserve
 import torch
 from fastapi import File
-from PIL import Image
-from torchvision.transforms import InterpolationMode, v2
 
 # A script's own folder comes first in the path.
 sys.path[0] = str(Path(__file__).parents[1])
 
-from backbone.pretrained import load_model
+from benchmarks.serving_textbook import Textbook
 
 
 class Embeddings(litserve.LitAPI):
@@ -31,31 +28,16 @@ class Embeddings(litserve.LitAPI):
 
     def setup(self, device: str) -> None:
         torch.set_num_threads(self._threads)
-        artifact = load_model(self._model_name).artifact
-        preprocess = artifact.preprocess
-        self._network = artifact.network().to(device)
-        self._transform = v2.Compose(
-            [
-                v2.Resize(preprocess.resize, InterpolationMode.BICUBIC),
-                v2.CenterCrop(preprocess.crop),
-                v2.PILToTensor(),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(preprocess.mean, preprocess.std),
-            ]
-        )
+        self._textbook = Textbook(self._model_name, device)
 
     def decode_request(self, request: Annotated[bytes, File()]) -> torch.Tensor:
-        with Image.open(io.BytesIO(request)) as picture:
-            return self._transform(picture.convert("RGB"))
+        return self._textbook.prepare(request)
 
-    def batch(self, inputs: list[torch.Tensor]) -> torch.Tensor:
-        return torch.stack(inputs)
+    def batch(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        return inputs
 
-    @torch.inference_mode()
-    def predict(self, x: torch.Tensor) -> torch.Tensor:
-        batch = x if x.ndim == 4 else x[None]
-        vectors = torch.nn.functional.normalize(self._network(batch).cls, dim=1)
-        return vectors if x.ndim == 4 else vectors[0]
+    def predict(self, x: list[torch.Tensor] | torch.Tensor) -> torch.Tensor:
+        return self._textbook.embed(x) if isinstance(x, list) else self._textbook.embed([x])[0]
 
     def unbatch(self, output: torch.Tensor) -> list[torch.Tensor]:
         return list(output)

@@ -93,8 +93,10 @@ def test_serving_beside_its_ceiling_and_litserve() -> None:
         "throughput_vs_ceiling_16",
         "throughput_vs_plain_ceiling_16",
         "throughput_vs_plain_ceiling_16_as_many",
+        "throughput_vs_textbook_16",
         *(["throughput_vs_litserve_16", "throughput_vs_litserve_12mp"] if rivals else []),
         "latency_vs_ceiling_1",
+        "latency_vs_textbook_1",
         "attention_vs_embedding",
         "int8_speedup",
         "int8_mean_cosine",
@@ -103,6 +105,7 @@ def test_serving_beside_its_ceiling_and_litserve() -> None:
     assert isinstance(found["search_minus_embedding_ms"], float)
     assert set(found["by_clients"]) == {"1", "4", "16", "64"}
     for kind in ("jpeg", "jpeg_12mp", "png_2mp"):
-        ceilings = ["ceiling", "plain ceiling", "ceiling, as many", "plain ceiling, as many"]
+        names = ["ceiling", "plain ceiling", "textbook"]
+        ceilings = [*names, *(f"{name}, as many" for name in names)]
         assert set(found["per_s"][kind]) == {*ceilings, "service", *rivals}
         assert min(found["per_s"][kind].values()) > 0
