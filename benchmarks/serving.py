@@ -18,7 +18,7 @@ answers.
 - *LitServe*: the same network, with Pillow and torchvision before it, batching on, and the settings
   that a short trial of each kind found best.
 
-Clients are raw sockets in one event loop of this process. They share the cores with what is
+Clients are plain sockets in one thread of this process. They share the cores with what is
 measured, and the ceiling has none. Rounds take turns, and what waits is stopped (SIGSTOP). Each
 figure is the median of the rounds, each ratio the median of the rounds' ratios. Latencies take
 turns in small lots. `attention_vs_embedding` and `search_minus_embedding_ms` are of 500 x 375

@@ -1,7 +1,7 @@
 """Closed-loop clients for `serving.py`, as light as they can be: plain sockets in one thread.
 
-They run on the service's own cores, so what they take is missing there: .07 ms for a request, where
-asyncio's streams took .16.
+They run on the service's own cores, so what they take is missing there: .10 ms for a request, where
+asyncio's streams took .155.
 """
 
 import math
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 _BOUNDARY = b"----benchmark"
 _TAIL = b"\r\n--%s--\r\n" % _BOUNDARY
+_END_OF_HEAD = b"\r\n\r\n"
 _CHUNK = 1 << 18
 
 
@@ -139,11 +140,12 @@ class _Client:
             raise RuntimeError("the service closed a connection without an answer")
         self._answer += chunk
         if not self._length:
-            head, end, _ = self._answer.partition(b"\r\n\r\n")
-            if not end:
+            end = self._answer.find(_END_OF_HEAD)
+            if end < 0:
                 return False
-            size = head.lower().partition(b"\r\ncontent-length:")[2].partition(b"\r\n")[0]
-            self._length = len(head) + len(end) + int(size)
+            head = self._answer[:end].lower()
+            size = head.partition(b"\r\ncontent-length:")[2].partition(b"\r\n")[0]
+            self._length = end + len(_END_OF_HEAD) + int(size)
         if len(self._answer) < self._length:
             return False
         if not self._answer.startswith(b"HTTP/1.1 200"):
