@@ -6,6 +6,7 @@ are given in the original's.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,6 +38,14 @@ _OF_A_BLOCK = {
 }
 _IN_A_BLOCK = re.compile(r"encoder\.layer\.(\d+)\.(.+)")
 _QUERY = re.compile(r"encoder\.layer\.(\d+)\.attention\.attention\.query\.(weight|bias)")
+_TIMMS, _TRANSFORMERS = ("mean", "std"), ("image_mean", "image_std")
+# resnetaa50 and resnetblur50 pool in another way, with the same tensors.
+_TIMMS_PLAIN = re.compile(r"vit_|deit_|resnet\d+$|resnext\d+_\d+x\d+d$|wide_resnet\d+_\d+$")
+# Arguments that change nothing, or shapes, which tell of themselves.
+_HARMLESS = {
+    *("img_size", "patch_size", "in_chans", "embed_dim", "depth", "dynamic_img_size"),
+    *("num_classes", "global_pool", "drop_rate", "drop_path_rate"),
+}
 # What has no part in embeddings: a layer on CLS for other tasks, and the token of hidden patches.
 _UNUSED = ("pooler.", "embeddings.mask_token")
 
@@ -76,13 +85,7 @@ def read_folder(folder: Path) -> Published:
         shards = (folder / f"{_WEIGHTS[0]}.index.json").is_file()
         why = "; its weights lie in several files, which are not read" if shards else ""
         raise ArtifactError(f"{folder} holds neither {' nor '.join(_WEIGHTS)}{why}")
-    timm = config.get("pretrained_cfg")
-    found, names = (timm if isinstance(timm, dict) else {}), ("mean", "std")
-    said_in = folder / CONFIG
-    if (folder / _PREPROCESSOR).is_file():
-        said_in = folder / _PREPROCESSOR
-        found, names = _read_json(said_in), ("image_mean", "image_std")
-    mean, std = (_numbers(found, name, said_in) for name in names)
+    mean, std = _normalisation(config, folder)
     return Published(
         weights=weights, mean=mean, std=std, num_heads=config.get("num_attention_heads")
     )
@@ -104,10 +107,42 @@ def original_names(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tenso
     for name, tensor in below.items():
         if query := _QUERY.fullmatch(name):
             block, part = query.groups()
-            named[f"blocks.{block}.attn.qkv.{part}"] = _joined(below, name, path)
-        elif not name.startswith(_UNUSED) and not _joined_with_query(name):
-            named[_original_name(name)] = tensor
+            own, tensor = f"blocks.{block}.attn.qkv.{part}", _joined(below, name, path)
+        elif name.startswith(_UNUSED) or _joined_with_query(name):
+            continue
+        else:
+            own = _original_name(name)
+        if own in named:
+            raise ArtifactError(f"{path} holds {own} under two names")
+        named[own] = tensor
     return named
+
+
+def _normalisation(
+    config: dict[str, Any], folder: Path
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Mean and deviation: transformers' from a file of its own, timm's from the configuration."""
+    timm = config.get("pretrained_cfg", config)  # of old versions, on its own level
+    said, names, said_in = timm if isinstance(timm, dict) else {}, _TIMMS, folder / CONFIG
+    if (folder / _PREPROCESSOR).is_file():
+        own = _read_json(folder / _PREPROCESSOR)
+        _check_scaling(own, folder / _PREPROCESSOR)
+        if own.keys() & set(_TRANSFORMERS):
+            said, names, said_in = own, _TRANSFORMERS, folder / _PREPROCESSOR
+    mean, std = (_numbers(said, name, said_in) for name in names)
+    if (mean is None) != (std is None):
+        raise ArtifactError(f"{said_in} has one of {' and '.join(names)} without the other")
+    return mean, std
+
+
+def _check_scaling(preprocessor: dict[str, Any], path: Path) -> None:
+    """Refuses pictures that are not brought to 0 to 1, or not normalised."""
+    for field in ("do_rescale", "do_normalize"):
+        if preprocessor.get(field, True) is not True:
+            raise ArtifactError(f"{field} in {path} is {preprocessor[field]!r}; true can be read")
+    factor = preprocessor.get("rescale_factor", 1 / 255)
+    if not isinstance(factor, int | float) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
+        raise ArtifactError(f"rescale_factor in {path} is {factor!r}; 1/255 can be read")
 
 
 def _original_name(name: str) -> str:
@@ -136,7 +171,18 @@ def _joined(tensors: Mapping[str, Tensor], query: str, path: Path) -> Tensor:
 
 
 def _check_config(config: dict[str, Any], path: Path) -> None:
-    """Refuses what transformers' file tells of a network that is no plain ViT."""
+    """Refuses what transformers or timm tell of a network that computes something else."""
+    name, given = config.get("architecture", "resnet50"), config.get("model_args") or {}
+    plain = isinstance(name, str) and "quickgelu" not in name and _TIMMS_PLAIN.match(name)
+    if not plain:
+        raise ArtifactError(
+            f"architecture in {path} is {name!r}; timm's plain ViTs (vit_*, deit_*) and the ResNets "
+            "that torchvision has can be read"
+        )
+    if not isinstance(given, dict) or given.keys() - _HARMLESS:
+        raise ArtifactError(
+            f"model_args in {path} are {given!r}; {', '.join(sorted(_HARMLESS))} can be read"
+        )
     wanted = {"model_type": "vit", "hidden_act": "gelu"}
     for field, value in wanted.items():
         if config.get(field, value) != value:
@@ -155,7 +201,7 @@ def _check_config(config: dict[str, Any], path: Path) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ArtifactError(f"{path} holds a {type(content).__name__}, not a JSON object")
@@ -170,4 +216,7 @@ def _numbers(content: Mapping[str, Any], field: str, path: Path) -> tuple[float,
         isinstance(n, int | float) and not isinstance(n, bool) for n in value
     ):
         raise ArtifactError(f"{field} in {path} is {value!r}, not a list of numbers")
-    return tuple(float(n) for n in value)
+    try:
+        return tuple(float(n) for n in value)
+    except OverflowError as error:
+        raise ArtifactError(f"{field} in {path}: {error}") from error

@@ -22,6 +22,7 @@ A reduced pixel stands for several; those of the last column and row perhaps for
 picture ends inside of them. Views of it are then those of the whole picture.
 """
 
+_MOST = 1e6  # of a mean or deviation; beyond, single precision has no numbers for pictures
 LONGEST = 4.0
 """Times the short side that the long side of a whole picture may be for the model."""
 
@@ -61,6 +62,10 @@ class Preprocess:
             )
         if not all(math.isfinite(m) for m in self.mean):
             raise ValueError(f"mean {self.mean} is not finite")
+        if any(abs(m) > _MOST for m in self.mean) or any(s > _MOST for s in self.std):
+            raise ValueError(f"mean {self.mean} and std {self.std} may be at most {_MOST:g}")
+        if any(0 < s < 1 / _MOST for s in self.std):
+            raise ValueError(f"std {self.std} may be no less than {1 / _MOST:g}")
         if not all(math.isfinite(s) and s > 0 for s in self.std):
             raise ValueError(f"std {self.std} is not positive")
 

@@ -80,9 +80,9 @@ def load_model(model: str) -> NamedModel:
         artifact = read_checkpoint(path, provenance={"licence": DOWNLOADS[model].licence})
         return NamedModel(name=model, artifact=artifact)
     path = Path(model)
-    ours = path.suffix == ".safetensors" and is_artifact(path)
+    ours = path.suffix == ".safetensors" and path.is_file() and is_artifact(path)
     return NamedModel(
-        name=path.absolute().name if path.is_dir() else path.stem,
+        name=_own_name(path) if path.is_dir() else path.stem,
         artifact=read_artifact(path) if ours else read_checkpoint(path),
     )
 
@@ -138,7 +138,7 @@ def read_checkpoint(
         architecture=architecture,
         preprocess=preprocess,
         weights=weights,
-        provenance={"source": path.name, **provenance},
+        provenance={"source": _own_name(path), **provenance},
     )
 
 
@@ -151,7 +151,8 @@ def _as_published(
             f"num_attention_heads in {folder / CONFIG} is {published.num_heads}; "
             f"a {architecture.name} has {architecture.num_heads}"
         )
-    mean, std = published.mean or preprocess.mean, published.std or preprocess.std
+    mean = preprocess.mean if published.mean is None else published.mean
+    std = preprocess.std if published.std is None else published.std
     if len(mean) != architecture.in_channels:
         raise ArtifactError(
             f"{folder} tells the mean of {len(mean)} channels; its network takes "
@@ -161,6 +162,10 @@ def _as_published(
         return replace(preprocess, mean=mean, std=std)
     except ValueError as error:
         raise ArtifactError(f"{folder}: {error}") from error
+
+
+def _own_name(path: Path) -> str:
+    return path.name if path.name not in ("", "..") else path.resolve().name
 
 
 def read_tensors(
@@ -188,7 +193,16 @@ def read_tensors(
     for part in (weights, head):
         if wrong := sorted(k for k, v in part.items() if not isinstance(v, Tensor)):
             raise ArtifactError(f"{path} holds entries that are not tensors: {wrong[:3]}")
+        if wrong := sorted(k for k, v in part.items() if not _is_plain(v)):
+            raise ArtifactError(f"{path} holds tensors without values of their own: {wrong[:3]}")
     return original_names(weights, path), head
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether all values of a tensor are there, each in a place of its own."""
+    if tensor.is_nested or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _load(path: Path) -> object:

@@ -21,18 +21,19 @@ def with_pillow(picture: Image.Image, size: tuple[int, int], extent: tuple[float
 
 
 def with_torch(picture: Image.Image, size: tuple[int, int], extent: tuple[float, float]) -> Pixels:
-    """Pillow's to within three of 255 levels, where they differ at all, in a fifth of its time.
+    """Pillow's to within two of 255 levels, where they differ, in a third to a sixth of its time.
 
-    torch has the same filter for 8 bits in fixed point, with coarser weights, and takes the other
-    direction first where one side grows: of photographs three values in a thousand are another, and
-    the cosine of embeddings is .9999998 or more. Pillow does what torch cannot: transparency, which
-    weighs colours, and enlarging a part.
+    torch has the same filter for 8 bits in fixed point, with coarser weights (docs/benchmarks.md
+    tells what that does to embeddings). It is taken where both sides shrink: where one grows, torch
+    rounds between the directions at another place, and a part of a picture that keeps its size is
+    not moved. Nor does torch know transparency, which weighs colours.
     """
     width, height = size
     scales = height / extent[1], width / extent[0]
     whole = extent == picture.size
     reached = [int(side * scale) for side, scale in zip(picture.size[::-1], scales, strict=True)]
-    if picture.mode != "RGB" or not (whole or reached == [height, width]):
+    shrinks = width < int(extent[0]) and height < int(extent[1])
+    if picture.mode != "RGB" or not shrinks or not (whole or reached == [height, width]):
         return with_pillow(picture, size, extent)
     # The copy is one that may be written to, without which torch warns.
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
@@ -49,6 +50,6 @@ def with_torch(picture: Image.Image, size: tuple[int, int], extent: tuple[float,
 
 
 def fastest() -> Resize:
-    """The one that is faster on this processor: without AVX2 torch takes twice Pillow's time."""
+    """The one that is faster on this processor: without AVX2 that is Pillow's."""
     has_kernels = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     return with_torch if has_kernels else with_pillow

@@ -20,7 +20,7 @@ from backbone.descriptors import describe
 from backbone.pictures import Mode
 from backbone.preprocess import Extent
 from backbone.pretrained import NamedModel
-from backbone.resizing import fastest
+from backbone.resizing import fastest, with_pillow
 from backbone.vit import VisionTransformer
 from service.patch_maps import Point, patch_at
 from service.precision import Precision, in_precision
@@ -206,7 +206,8 @@ class TorchEncoder:
         self.batches_at_once = self._threads
         self._fastest: dict[int, Fastest] = {}  # by the numbers of an input
         self._preprocess = artifact.preprocess
-        self._resize = fastest()
+        # Torch's is faster, and moves embeddings as much as bf16 does.
+        self._resize = with_pillow if precision == "fp32" else fastest()
         self._whitening = artifact.whitening
         self._patch = artifact.architecture.patch_size
 

@@ -63,7 +63,8 @@ class _Misfit(ValueError):
 def _read(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The tensors of a backbone and of a head under their plain names; of the head maybe none."""
     path = Path(name)
-    if path.is_dir() and not is_published(path) and name not in ("default", *DOWNLOADS):
+    is_run = path.is_dir() and ((path / "snapshots").is_dir() or not is_published(path))
+    if is_run and name not in ("default", *DOWNLOADS):
         found = snapshot.newest_good(path)
         if found is None:
             raise _Misfit(

@@ -157,6 +157,29 @@ def test_a_vit_of_timm(tmp_path: Path, safe: bool) -> None:
     torch.testing.assert_close(ours.patches, tokens[:, 1:], rtol=1e-5, atol=1e-5)
 
 
+def test_a_resnet_of_timm(tmp_path: Path) -> None:
+    theirs: Any = shaken(timm.create_model("resnet18", num_classes=7, pretrained=False))
+    timm.models.save_for_hf(theirs, tmp_path, model_config={})
+    model = load_model(str(tmp_path)).artifact
+    assert model.architecture.name == "resnet18"
+    with torch.no_grad():
+        ours, pooled = model.network()(pictures()).cls, theirs.forward_features(pictures())
+    torch.testing.assert_close(ours, pooled.mean(dim=(2, 3)), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["resnetaa50", "resnetblur18", "vit_small_patch16_18x2_224"])
+def test_networks_of_timm_that_only_look_like_one(tmp_path: Path, name: str) -> None:
+    theirs: Any = timm.create_model(name, num_classes=0, pretrained=False)
+    timm.models.save_for_hf(theirs, tmp_path, model_config={})
+    refusal(tmp_path)
+
+
+def test_timms_old_configuration(folder: Path) -> None:
+    (folder / "preprocessor_config.json").unlink()
+    change_json(folder / "config.json", mean=[0.5, 0.5, 0.5], std=[0.25, 0.25, 0.25])
+    assert load_model(str(folder)).artifact.preprocess.std == (0.25, 0.25, 0.25)
+
+
 def test_without_a_word_on_pictures_they_are_imagenets(folder: Path) -> None:
     (folder / "preprocessor_config.json").unlink()
     assert load_model(str(folder)).artifact.preprocess == Preprocess.in_proportion(
@@ -169,6 +192,17 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "another activation": ({"hidden_act": "gelu_new"}, "hidden_act in .* is 'gelu_new'; 'gelu'"),
     "other heads": ({"num_attention_heads": 6}, "num_attention_heads in .* is 6; a vit_tiny has 3"),
     "no heads": ({"num_attention_heads": "3"}, "num_attention_heads in .* is '3', not a count"),
+    "timm's other layers": (
+        {"model_args": {"act_layer": "quick_gelu"}},
+        "model_args in .* are .*act_layer",
+    ),
+    "timm's other network": ({"architecture": "resnetaa50"}, "architecture in .* is 'resnetaa50'"),
+    "timm's other activation": (
+        {"architecture": "vit_base_patch16_clip_quickgelu_224"},
+        "architecture in .* is 'vit_base_patch16_clip_quickgelu_224'",
+    ),
+    "no name": ({"architecture": 5}, "architecture in .* is 5"),
+    "no arguments": ({"model_args": [1]}, "model_args in"),
     "a large epsilon": ({"layer_norm_eps": 1e-3}, "layer_norm_eps in .* is 0.001; from 0 to 1e-05"),
 }
 
@@ -185,6 +219,15 @@ PICTURES: dict[str, tuple[dict[str, Any], str]] = {
     "grey": ({"image_mean": [0.5], "image_std": [0.5]}, "the mean of 1 channels; .* takes 3"),
     "uneven": ({"image_std": [0.5]}, "std 1"),
     "no deviation": ({"image_std": [0.5, 0, 0.5]}, "not positive"),
+    "none": ({"image_mean": []}, "the mean of 0 channels"),
+    "a mean alone": ({"image_std": ...}, "has one of image_mean and image_std without the other"),
+    "giant": ({"image_mean": [10**400, 0, 0]}, "image_mean in"),
+    "large": ({"image_mean": [1e308, 0, 0]}, "may be at most"),
+    "tiny": ({"image_std": [1e-60, 1, 1]}, "may be no less than"),
+    "not a number": ({"image_mean": [float("nan"), 0, 0]}, "not finite"),
+    "not normalised": ({"do_normalize": False}, "do_normalize in .* is False; true can be read"),
+    "not scaled": ({"do_rescale": None}, "do_rescale in .* is None; true can be read"),
+    "scaled otherwise": ({"rescale_factor": 1 / 127.5}, "rescale_factor in"),
     "words": ({"image_mean": "imagenet"}, "image_mean in .* is 'imagenet', not a list of numbers"),
 }
 
@@ -197,7 +240,11 @@ def test_means_that_cannot_be(folder: Path, name: str) -> None:
         load_model(str(folder))
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe", b"{"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"\xff\xfe", b"{", b"[" * 100_000],
+    ids=["", "list", "bytes", "{", "deep"],
+)
 def test_configurations_that_are_no_json(folder: Path, content: bytes) -> None:
     (folder / "config.json").write_bytes(content)
     assert "JSON" in refusal(folder)
@@ -241,6 +288,10 @@ TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
         lambda t: t.update({"encoder.layer.0.layer_scale1.lambda1": torch.ones(192)}),
         "unknown ['encoder.layer.0.layer_scale1.lambda1']",
     ),
+    "two names": (
+        lambda t: t.update({"cls_token": torch.zeros(1, 1, 192)}),
+        "holds cls_token under two names",
+    ),
     "no positions": (lambda t: t.pop("embeddings.position_embeddings"), "holds no ViT"),
 }
 
@@ -261,6 +312,29 @@ def test_files_that_are_no_safetensors(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"no tensors")
     assert "not a readable safetensors file" in refusal(path)
+
+
+def test_tensors_that_are_not_there(folder: Path) -> None:
+    tensors = torch.load(as_bin(folder) / "pytorch_model.bin", weights_only=True)
+    for tensor in (
+        torch.zeros(1).expand(10**7, 10**6),
+        torch.zeros(192, device="meta"),
+        torch.zeros(192).to_sparse(),
+        torch.nested.nested_tensor([torch.zeros(3), torch.zeros(2)], layout=torch.jagged),
+    ):
+        torch.save({**tensors, f"{FIRST}.key.bias": tensor}, folder / "pytorch_model.bin")
+        with pytest.raises(ArtifactError, match=r"pytorch_model\.bin"):
+            load_model(str(folder))
+
+
+def test_names_of_folders(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for inside, name in ((folder, "."), (folder / "sub", "..")):
+        inside.mkdir(exist_ok=True)
+        monkeypatch.chdir(inside)
+        model = load_model(name)
+        assert model.name == model.artifact.provenance["source"] == "dino-vitti16"
+    odd = folder.rename(folder.with_name("x.safetensors"))
+    assert load_model(str(odd)).artifact.architecture == ARCHITECTURE
 
 
 def test_a_folder_without_a_configuration_is_told(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from backbone.attention import rollout
 from backbone.descriptors import copy_descriptor
 from backbone.preprocess import LONGEST, Preprocess
 from backbone.pretrained import NamedModel, load_model
-from backbone.resizing import fastest
 from backbone.vit import Block
 from service import precision
 from service.encoder import FEATURES, AttentionTask, Task, TokensTask, TorchEncoder
@@ -67,8 +66,8 @@ def test_what_is_said_of_the_model(encoder: TorchEncoder, model: NamedModel) -> 
 def test_vectors_are_the_networks(encoder: TorchEncoder, model: NamedModel) -> None:
     picture, network = noise(1, (50, 40)), model.artifact.network()
     preprocess = model.artifact.preprocess
-    cropped = network(preprocess.centre_crop(picture, resize=fastest())[None])
-    squashed = network(preprocess.squash(picture, multiple=16, resize=fastest())[None])
+    cropped = network(preprocess.centre_crop(picture)[None])
+    squashed = network(preprocess.squash(picture, multiple=16)[None])
     (cls,) = encoder.run("cls", [encoder.prepare("cls", picture)])
     (copy,) = encoder.run("copy", [encoder.prepare("copy", picture)])
     assert (cls.dtype, cls.shape, copy.dtype, copy.shape) == (
@@ -84,7 +83,7 @@ def test_vectors_are_the_networks(encoder: TorchEncoder, model: NamedModel) -> N
 def test_features_are_the_networks(encoder: TorchEncoder, model: NamedModel) -> None:
     picture, network = noise(1, (50, 40)), model.artifact.network()
     with torch.no_grad():
-        view = model.artifact.preprocess.centre_crop(picture, resize=fastest())[None]
+        view = model.artifact.preprocess.centre_crop(picture)[None]
         features = network(view, last_blocks=4)
     expected = {
         "last4": torch.cat([block[0, 0] for block in features.blocks]),
