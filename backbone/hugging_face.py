@@ -176,8 +176,8 @@ def _check_config(config: dict[str, Any], path: Path) -> None:
     plain = isinstance(name, str) and "quickgelu" not in name and _TIMMS_PLAIN.match(name)
     if not plain:
         raise ArtifactError(
-            f"architecture in {path} is {name!r}; timm's plain ViTs (vit_*, deit_*) and the ResNets "
-            "that torchvision has can be read"
+            f"architecture in {path} is {name!r}; timm's plain ViTs (vit_*, deit_*) and the "
+            "ResNets that torchvision has can be read"
         )
     if not isinstance(given, dict) or given.keys() - _HARMLESS:
         raise ArtifactError(

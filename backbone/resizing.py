@@ -21,7 +21,7 @@ def with_pillow(picture: Image.Image, size: tuple[int, int], extent: tuple[float
 
 
 def with_torch(picture: Image.Image, size: tuple[int, int], extent: tuple[float, float]) -> Pixels:
-    """Pillow's to within two of 255 levels, where they differ, in a third to a sixth of its time.
+    """Pillow's to within three of 255 levels, where they differ, in a third to a sixth of its time.
 
     torch has the same filter for 8 bits in fixed point, with coarser weights (docs/benchmarks.md
     tells what that does to embeddings). It is taken where both sides shrink: where one grows, torch

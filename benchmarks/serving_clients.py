@@ -16,6 +16,7 @@ _BOUNDARY = b"----benchmark"
 _TAIL = b"\r\n--%s--\r\n" % _BOUNDARY
 _END_OF_HEAD = b"\r\n\r\n"
 _CHUNK = 1 << 18
+_PATIENCE_S = 300
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def drive(
     Until the pictures end, or for about `seconds`.
 
     Raises:
-        RuntimeError: an answer that is not 200, or a connection that ended without one.
+        RuntimeError: an answer that is not 200 or has no length, or none.
+        OSError: a connection that the service broke off.
     """
     seconds_each: list[float] = []
     poll = select.epoll()
@@ -83,12 +85,18 @@ def drive(
             client = _Client(socket.create_connection(("127.0.0.1", target.port)))
             open_ones[client.number] = client
             poll.register(client.number, select.EPOLLIN)
-        asking = [client for client in open_ones.values() if ask(client)]
-        for client in asking:
-            watch(client)
-        waiting = len(asking)
+        waiting = 0
+        for client in open_ones.values():
+            if ask(client):
+                waiting += 1
+                watch(client)
+            else:
+                poll.unregister(client.number)
         while waiting:
-            for number, events in poll.poll():
+            ready = poll.poll(_PATIENCE_S)
+            if not ready:
+                raise RuntimeError(f"no answer within {_PATIENCE_S} s")
+            for number, events in ready:
                 client = open_ones[number]
                 if events & select.EPOLLOUT:
                     client.send()
@@ -99,6 +107,7 @@ def drive(
                     seconds_each.append(last - client.asked)
                     if not ask(client):
                         waiting -= 1
+                        poll.unregister(number)
                     elif client.unsent:
                         watch(client)
     finally:
@@ -106,7 +115,7 @@ def drive(
             client.close()
         poll.close()
     # To the last answer: the requests under way at the end are counted, and so is their time.
-    return Load(seconds_each, len(seconds_each) / (last - start))
+    return Load(seconds_each, len(seconds_each) / (last - start) if seconds_each else 0.0)
 
 
 @dataclass
@@ -145,6 +154,8 @@ class _Client:
                 return False
             head = self._answer[:end].lower()
             size = head.partition(b"\r\ncontent-length:")[2].partition(b"\r\n")[0]
+            if not size:
+                raise RuntimeError(f"an answer without a length: {self._answer[:end]!r}")
             self._length = end + len(_END_OF_HEAD) + int(size)
         if len(self._answer) < self._length:
             return False

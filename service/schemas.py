@@ -49,6 +49,12 @@ def _no_truth_value(error: Literal["int_type", "float_type"]) -> BeforeValidator
     return BeforeValidator(check)
 
 
+def _without_truth_values(values: object) -> object:
+    if isinstance(values, list) and bool in set(map(type, values)):
+        raise PydanticKnownError("float_type")
+    return values
+
+
 Whole: TypeAlias = Annotated[int, _no_truth_value("int_type")]
 """A whole number in a request."""
 Number: TypeAlias = Annotated[float, _no_truth_value("float_type")]
@@ -264,7 +270,7 @@ class SearchRequest(SearchTerms, FilterObject):
     id: str | None = Field(
         default=None, description="of a picture in the collection", examples=["cat-1"]
     )
-    vector: list[float] | None = Field(
+    vector: Annotated[list[float], BeforeValidator(_without_truth_values)] | None = Field(
         default=None, description="a CLS embedding of the model, of any length but zero"
     )
 

@@ -48,6 +48,7 @@ export class AttentionPanel {
   #marker = new PointMarker($("preview"), $("marker"));
   #onError;
   #timer = 0;
+  #drawnPoint; // as text
 
   /** `onError(error, box, retry)` says what went wrong. */
   constructor(onError) {
@@ -112,14 +113,18 @@ export class AttentionPanel {
   }
 
   #setPoint(point) {
-    $("point-x").value = point ? Math.round(point.x * 100) : "";
-    $("point-y").value = point ? Math.round(point.y * 100) : "";
+    $("point-x").value = point ? percent(point.x) : "";
+    $("point-y").value = point ? percent(point.y) : "";
     this.#showPoint();
   }
 
   #showPoint() {
     const takesPoint = this.#view.controls.includes("point-x");
     this.#marker.show(this.#shown && takesPoint ? this.#point : null);
+    for (const id of ["point-x", "point-y"]) {
+      $(id).placeholder = this.#view === VIEWS.similarity ? "50" : "";
+      $(id).ariaInvalid = String(!$(id).validity.valid);
+    }
     $("no-point").disabled = !takesPoint || !($("point-x").value || $("point-y").value);
   }
 
@@ -146,12 +151,17 @@ export class AttentionPanel {
     const hasAttention = this.#model?.heads !== 0;
     const parts = [this.#view.note(this.#point ? "the point’s patch" : "the CLS token")];
     if (!hasAttention) parts.push("this model is a convolutional network, which has no attention");
+    if (!$("point-x").validity.valid || !$("point-y").validity.valid) {
+      parts.push("a point’s x and y are numbers from 0 to 100");
+    }
     if (this.#shown && !this.#shown.file) parts.push("drawn from the stored thumbnail");
     $("attention-note").textContent = parts.join("; ");
   }
 
   async #draw() {
+    clearTimeout(this.#timer);
     const signal = this.#latest.next();
+    this.#drawnPoint = pointText(this.#point);
     const { picture, name } = this.#shown;
     this.#errors.clear();
     this.#showNote();
@@ -165,6 +175,7 @@ export class AttentionPanel {
       } else if (blob) {
         await Promise.all(this.#tiles.map((tile) => this.#drawOne(tile, blob, name, signal)));
       }
+      if (signal.aborted) return; // the tiles are another drawing's
     } catch (error) {
       if (signal.aborted) return;
       this.#latest.cancel(); // one reason is enough, and the other heads have the same
@@ -189,7 +200,7 @@ export class AttentionPanel {
     const threshold = Number($("threshold").value) / 100;
     const chosen = {
       block: $("block").value,
-      "point-x": point && `${point.x.toFixed(2)},${point.y.toFixed(2)}`,
+      "point-x": pointText(point),
       colormap: $("colormap").value,
       overlay: Number($("overlay").value) / 100,
       threshold: threshold < 1 ? threshold : undefined,
@@ -197,7 +208,7 @@ export class AttentionPanel {
     const options = { ...query, resolution: this.#model.max_resolution, size: MAP_PIXELS };
     for (const id of controls) {
       const name = id === "point-x" ? "point" : id;
-      if (chosen[id] !== undefined && chosen[id] !== null) options[name] = chosen[id];
+      if (chosen[id] !== undefined) options[name] = chosen[id];
     }
     return options;
   }
@@ -217,7 +228,8 @@ export class AttentionPanel {
     for (const id of ["point-x", "point-y"]) {
       $(id).addEventListener("input", () => {
         this.#showPoint();
-        redrawSoon();
+        this.#showNote();
+        if (pointText(this.#point) !== this.#drawnPoint) redrawSoon();
       });
     }
     for (const id of ["colormap", "block"]) $(id).addEventListener("change", redraw);
@@ -227,11 +239,13 @@ export class AttentionPanel {
     });
     $("no-point").addEventListener("click", () => {
       this.#setPoint(null);
+      $("point-x").focus(); // the button has nothing more to do
       redraw();
     });
     for (const id of ["preview", "maps"]) {
       $(id).addEventListener("click", (event) => {
-        if (!(event.target instanceof HTMLImageElement) || !this.#shown) return;
+        if (!(event.target instanceof HTMLImageElement)) return;
+        if (!this.#shown || !this.#model) return;
         if (!this.#view.controls.includes("point-x")) return;
         const point = pointIn(event.target, event);
         if (!point) return;
@@ -246,6 +260,14 @@ export class AttentionPanel {
     $("overlay-value").textContent = `${$("overlay").value} %`;
     $("threshold-value").textContent = threshold === "100" ? "all" : `${threshold} %`;
   }
+}
+
+function percent(fraction) {
+  return Number((100 * fraction).toFixed(2));
+}
+
+function pointText(point) {
+  return point ? `${point.x.toFixed(4)},${point.y.toFixed(4)}` : undefined;
 }
 
 /** Where in a picture a click is, as fractions; null beside it, in the box that it is shown in. */

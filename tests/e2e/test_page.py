@@ -247,7 +247,7 @@ def test_other_maps(page: Any, server: str, complaints: list[str]) -> None:
     assert map_widths(page) == [480]
 
     [query] = asked_of_maps(page, lambda: page.select_option("#view", "similarity"))
-    assert (query["view"], query["point"]) == ("similarity", "0.50,0.50")
+    assert (query["view"], query["point"]) == ("similarity", "0.5000,0.5000")
     assert page.locator("#marker").is_visible()
     assert complaints == []
 
@@ -274,12 +274,11 @@ def test_a_click_in_a_picture_chooses_a_point(page: Any, complaints: list[str]) 
         page, lambda: page.mouse.click(x - 0.25 * box["width"], y + 0.3 * height)
     )
     chosen = [float(number) for number in query["point"].split(",")]
-    assert chosen == pytest.approx([0.25, 0.8], abs=0.011)  # whole pixels, then whole percents
-    assert [page.input_value(f"#point-{axis}") for axis in "xy"] == [
-        f"{100 * number:.0f}" for number in chosen
-    ]
+    assert chosen == pytest.approx([0.25, 0.8], abs=0.008)  # whole pixels
+    shown = [float(page.input_value(f"#point-{axis}")) for axis in "xy"]
+    assert shown == pytest.approx([100 * number for number in chosen])
     [query] = asked_of_maps(page, lambda: page.fill("#point-y", "80"))
-    assert query["point"] == f"{chosen[0]:.2f},0.80"
+    assert query["point"] == f"{chosen[0]:.4f},0.8000"
     assert "s patch looks" in page.text_content("#attention-note")
     for width in (1200, 700):  # it stays there
         page.set_viewport_size({"width": width, "height": 800})
@@ -290,15 +289,17 @@ def test_a_click_in_a_picture_chooses_a_point(page: Any, complaints: list[str]) 
         assert there == pytest.approx((-0.25 * height * 320 / 120, 0.3 * height), abs=2)
 
     [query] = asked_of_maps(page, lambda: page.fill("#point-x", "60"))
-    assert query["point"] == "0.60,0.80"
+    assert query["point"] == "0.6000,0.8000"
     [query] = asked_of_maps(page, lambda: page.fill("#point-x", "160"))  # no such place
     assert "point" not in query
     assert page.locator("#marker").is_hidden()
+    assert "numbers from 0 to 100" in page.text_content("#attention-note")
     [query] = asked_of_maps(page, lambda: page.locator("#maps img").click())
     chosen = [float(number) for number in query["point"].split(",")]
     assert chosen == pytest.approx([0.5, 0.5], abs=0.021)
-    [query] = asked_of_maps(page, lambda: page.click("#no-point"))
+    [query] = asked_of_maps(page, lambda: page.press("#no-point", "Enter"))
     assert "point" not in query
+    assert page.evaluate("document.activeElement.id") == "point-x"
     assert "the CLS token" in page.text_content("#attention-note")
 
     page.locator("#maps img").click()

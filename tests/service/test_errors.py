@@ -299,6 +299,12 @@ async def test_true_is_no_number(
     assert "valid integer" in answer.text or "valid number" in answer.text
 
 
+async def test_true_is_no_number_of_a_vector(client: httpx.AsyncClient) -> None:
+    vector: list[Any] = [0.5] * 191 + [True]
+    answer = await client.post("/v1/collections/default/search", json={"vector": vector})
+    assert error_of(answer, 422, "invalid_parameter")["param"] == "vector"
+
+
 def test_numbers_are_found_in_bodies() -> None:
     found = {(path, field) for path, _, field in numbers_in_bodies()}
     assert {

@@ -74,12 +74,14 @@ def test_a_run_gives_its_newest_teacher_with_its_head(tmp_path: Path) -> None:
     assert found[0] == 2
     teacher = snapshot.load(found[1])["teacher"]
     described = Architecture(name="vit_tiny", patch_size=8, image_size=16)
+    (run / "config.json").write_text("{}")  # somebody else's
     for name in (run, found[1]):  # the folder, or one of its snapshots by its path
         start = network(described)
         assert load_initial(str(name), start.backbone, start.head).endswith("head taken")
         assert same(start, teacher)
 
     shutil.rmtree(run / "snapshots")
+    (run / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"init_from = '.*run': this folder holds no snapshot"):
         load_initial(str(run), start.backbone, start.head)
     found[1].parent.mkdir()
