@@ -23,10 +23,10 @@ def with_pillow(picture: Image.Image, size: tuple[int, int], extent: tuple[float
 def with_torch(picture: Image.Image, size: tuple[int, int], extent: tuple[float, float]) -> Pixels:
     """Pillow's to within three of 255 levels, where they differ, in a third to a sixth of its time.
 
-    torch has the same filter for 8 bits in fixed point, with coarser weights (docs/benchmarks.md
-    tells what that does to embeddings). It is taken where both sides shrink: where one grows, torch
-    rounds between the directions at another place, and a part of a picture that keeps its size is
-    not moved. Nor does torch know transparency, which weighs colours.
+    torch has the same filter for 8 bits in fixed point, with coarser weights, and takes the two
+    directions in another order where they differ much (docs/benchmarks.md tells what that does to
+    embeddings). It is taken where both sides shrink: else it is further off, and a part of a picture
+    that keeps its size would not be moved. Nor does it know transparency, which weighs colours.
     """
     width, height = size
     scales = height / extent[1], width / extent[0]
