@@ -25,7 +25,7 @@ def with_torch(picture: Image.Image, size: tuple[int, int], extent: tuple[float,
 
     torch has the same filter for 8 bits in fixed point, with coarser weights, and takes the two
     directions in another order where they differ much (docs/benchmarks.md tells what that does to
-    embeddings). It is taken where both sides shrink: else it is further off, and a part of a picture
+    embeddings). It is taken where both sides shrink: else it is further off, and a picture's part
     that keeps its size would not be moved. Nor does it know transparency, which weighs colours.
     """
     width, height = size
