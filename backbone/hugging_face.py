@@ -37,10 +37,13 @@ _OF_A_BLOCK = {
     "output.dense": "mlp.fc2",
 }
 _IN_A_BLOCK = re.compile(r"encoder\.layer\.(\d+)\.(.+)")
-_QUERY = re.compile(r"encoder\.layer\.(\d+)\.attention\.attention\.query\.(weight|bias)")
+_QKV = re.compile(r"encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.(weight|bias)")
 _TIMMS, _TRANSFORMERS = ("mean", "std"), ("image_mean", "image_std")
-# resnetaa50 and resnetblur50 pool in another way, with the same tensors.
-_TIMMS_PLAIN = re.compile(r"vit_|deit_|resnet\d+$|resnext\d+_\d+x\d+d$|wide_resnet\d+_\d+$")
+# quickgelu is another activation; resnetaa50 and resnetblur50 pool in another way: the tensors are
+# the same.
+_TIMMS_PLAIN = re.compile(
+    r"(vit|deit)_(?!.*quickgelu)|resnet\d+$|resnext\d+_\d+x\d+d$|wide_resnet\d+_\d+$"
+)
 # Arguments that change nothing, or shapes, which tell of themselves.
 _HARMLESS = {
     *("img_size", "patch_size", "in_chans", "embed_dim", "depth", "dynamic_img_size"),
@@ -105,13 +108,14 @@ def original_names(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tenso
     below = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     named: dict[str, Tensor] = {}
     for name, tensor in below.items():
-        if query := _QUERY.fullmatch(name):
-            block, part = query.groups()
+        own = _original_name(name)
+        if found := _QKV.fullmatch(name):
+            block, which, part = found.groups()
+            if which != "query":
+                continue  # it is joined with the query
             own, tensor = f"blocks.{block}.attn.qkv.{part}", _joined(below, name, path)
-        elif name.startswith(_UNUSED) or _joined_with_query(name):
+        elif name.startswith(_UNUSED):
             continue
-        else:
-            own = _original_name(name)
         if own in named:
             raise ArtifactError(f"{path} holds {own} under two names")
         named[own] = tensor
@@ -155,10 +159,6 @@ def _original_name(name: str) -> str:
     return f"{before}{table[stem]}.{part}" if stem in table else name
 
 
-def _joined_with_query(name: str) -> bool:
-    return _QUERY.fullmatch(re.sub(r"\.(key|value)\.", ".query.", name)) is not None
-
-
 def _joined(tensors: Mapping[str, Tensor], query: str, path: Path) -> Tensor:
     names = [query.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
     if missing := [name for name in names if name not in tensors]:
@@ -172,9 +172,8 @@ def _joined(tensors: Mapping[str, Tensor], query: str, path: Path) -> Tensor:
 
 def _check_config(config: dict[str, Any], path: Path) -> None:
     """Refuses what transformers or timm tell of a network that computes something else."""
-    name, given = config.get("architecture", "resnet50"), config.get("model_args") or {}
-    plain = isinstance(name, str) and "quickgelu" not in name and _TIMMS_PLAIN.match(name)
-    if not plain:
+    name, given = config.get("architecture"), config.get("model_args") or {}
+    if name is not None and not (isinstance(name, str) and _TIMMS_PLAIN.match(name)):
         raise ArtifactError(
             f"architecture in {path} is {name!r}; timm's plain ViTs (vit_*, deit_*) and the "
             "ResNets that torchvision has can be read"

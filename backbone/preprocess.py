@@ -10,7 +10,6 @@ from PIL import Image
 from torch import Tensor
 
 from backbone.pictures import Mode
-from backbone.resizing import Pixels, Resize, with_pillow
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -22,9 +21,10 @@ A reduced pixel stands for several; those of the last column and row perhaps for
 picture ends inside of them. Views of it are then those of the whole picture.
 """
 
-_MOST = 1e6  # of a mean or deviation; beyond, single precision has no numbers for pictures
+_MOST = 1e6  # of a mean or deviation; far beyond, single precision has no numbers for pictures
 LONGEST = 4.0
 """Times the short side that the long side of a whole picture may be for the model."""
+_BICUBIC = Image.Resampling.BICUBIC
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,14 +60,10 @@ class Preprocess:
                 f"mean has {len(self.mean)} channels and std {len(self.std)}; "
                 "both must have as many as a picture, at least one"
             )
-        if not all(math.isfinite(m) for m in self.mean):
-            raise ValueError(f"mean {self.mean} is not finite")
-        if any(abs(m) > _MOST for m in self.mean) or any(s > _MOST for s in self.std):
-            raise ValueError(f"mean {self.mean} and std {self.std} may be at most {_MOST:g}")
-        if any(0 < s < 1 / _MOST for s in self.std):
-            raise ValueError(f"std {self.std} may be no less than {1 / _MOST:g}")
-        if not all(math.isfinite(s) and s > 0 for s in self.std):
-            raise ValueError(f"std {self.std} is not positive")
+        if not all(abs(m) <= _MOST for m in self.mean):
+            raise ValueError(f"mean {self.mean} is not finite, or beyond {_MOST:g}")
+        if not all(1 / _MOST <= s <= _MOST for s in self.std):
+            raise ValueError(f"std {self.std} is not positive, from {1 / _MOST:g} to {_MOST:g}")
 
     @property
     def mode(self) -> Mode:
@@ -120,24 +116,16 @@ class Preprocess:
                 raise ValueError(f"{field} is {numbers!r}, not a list of numbers")
         return cls(**{**value, "mean": tuple(value["mean"]), "std": tuple(value["std"])})
 
-    def centre_crop(
-        self,
-        picture: Image.Image,
-        *,
-        extent: Extent | None = None,
-        resize: Resize = with_pillow,
-    ) -> Tensor:
+    def centre_crop(self, picture: Image.Image, *, extent: Extent | None = None) -> Tensor:
         """The evaluation's view [C, crop, crop]: short side to `resize`, then the centre square."""
         if extent is None:
             picture = _without_far_ends(picture)
         size = self.centre_crop_size(*(extent or picture.size))
+        if min(extent or picture.size) != self.resize:
+            picture = self._resized(picture, size, extent)
         left = round((size[0] - self.crop) / 2)
         top = round((size[1] - self.crop) / 2)
-        if min(extent or picture.size) == self.resize:
-            box = (left, top, left + self.crop, top + self.crop)
-            return self.to_tensor(picture.crop(box))
-        pixels = self._resized(picture, size, extent, resize)
-        return self._normalised(pixels[top : top + self.crop, left : left + self.crop])
+        return self.to_tensor(picture.crop((left, top, left + self.crop, top + self.crop)))
 
     def whole(
         self,
@@ -146,7 +134,6 @@ class Preprocess:
         short_side: float,
         multiple: int,
         extent: Extent | None = None,
-        resize: Resize = with_pillow,
     ) -> Tensor:
         """The picture in its own aspect ratio, [C, H, W], both sides multiples of `multiple`.
 
@@ -154,19 +141,14 @@ class Preprocess:
         to the same scale; at most `LONGEST` times the short one: a sliver does not become a giant.
         """
         size = self.whole_size(*(extent or picture.size), short_side=short_side, multiple=multiple)
-        return self._normalised(self._resized(picture, size, extent, resize))
+        return self.to_tensor(self._resized(picture, size, extent))
 
     def squash(
-        self,
-        picture: Image.Image,
-        *,
-        multiple: int,
-        extent: Extent | None = None,
-        resize: Resize = with_pillow,
+        self, picture: Image.Image, *, multiple: int, extent: Extent | None = None
     ) -> Tensor:
         """The copy descriptor's view: the whole picture as a square near `copy_size`, [C, S, S]."""
         side = self.squash_side(multiple=multiple)
-        return self._normalised(self._resized(picture, (side, side), extent, resize))
+        return self.to_tensor(self._resized(picture, (side, side), extent))
 
     def centre_crop_size(self, width: float, height: float) -> tuple[int, int]:
         """What `centre_crop` scales a picture of this width and height to, before it cuts."""
@@ -195,20 +177,18 @@ class Preprocess:
 
     def to_tensor(self, picture: Image.Image) -> Tensor:
         """8-bit picture -> normalised float32 [C, H, W]."""
-        return self._normalised(np.asarray(self._channels(picture)))
-
-    def _normalised(self, pixels: Pixels) -> Tensor:
         # In numpy: threads that decode would each wake a team of torch's own for it.
-        pixels = pixels.reshape(*pixels.shape[:2], -1)
+        pixels = np.asarray(self._channels(picture)).reshape(picture.height, picture.width, -1)
         values = np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32)
         values -= np.array(self.mean, dtype=np.float32).reshape(-1, 1, 1) * np.float32(255.0)
         values /= np.array(self.std, dtype=np.float32).reshape(-1, 1, 1) * np.float32(255.0)
         return torch.from_numpy(values)
 
     def _resized(
-        self, picture: Image.Image, size: tuple[int, int], extent: Extent | None, resize: Resize
-    ) -> Pixels:
-        return resize(self._channels(picture), size, extent or picture.size)
+        self, picture: Image.Image, size: tuple[int, int], extent: Extent | None
+    ) -> Image.Image:
+        box = (0.0, 0.0, *(extent or picture.size))
+        return self._channels(picture).resize(size, _BICUBIC, box=box)
 
     def _channels(self, picture: Image.Image) -> Image.Image:
         return picture if picture.mode == self.mode else picture.convert(self.mode)

@@ -20,7 +20,6 @@ from backbone.descriptors import describe
 from backbone.pictures import Mode
 from backbone.preprocess import Extent
 from backbone.pretrained import NamedModel
-from backbone.resizing import fastest, with_pillow
 from backbone.vit import VisionTransformer
 from service.patch_maps import Point, patch_at
 from service.precision import Precision, in_precision
@@ -206,23 +205,20 @@ class TorchEncoder:
         self.batches_at_once = self._threads
         self._fastest: dict[int, Fastest] = {}  # by the numbers of an input
         self._preprocess = artifact.preprocess
-        # Torch's is faster, and moves embeddings as much as bf16 does.
-        self._resize = with_pillow if precision == "fp32" else fastest()
         self._whitening = artifact.whitening
         self._patch = artifact.architecture.patch_size
 
     def prepare(self, task: Task, picture: Image.Image, *, extent: Extent | None = None) -> Array:
         """See `Encoder`: squashed for copies, whole for maps, else the centre crop."""
-        views, patch, resize = self._preprocess, self._patch, self._resize
         if task == "copy":
-            view = views.squash(picture, multiple=patch, extent=extent, resize=resize)
+            view = self._preprocess.squash(picture, multiple=self._patch, extent=extent)
         elif isinstance(task, TokensTask | AttentionTask):
             short = self._short_side(task, *(extent or picture.size))
-            view = views.whole(
-                picture, short_side=short, multiple=patch, extent=extent, resize=resize
+            view = self._preprocess.whole(
+                picture, short_side=short, multiple=self._patch, extent=extent
             )
         else:
-            view = views.centre_crop(picture, extent=extent, resize=resize)
+            view = self._preprocess.centre_crop(picture, extent=extent)
         return view.numpy()
 
     def needed(self, task: Task, size: tuple[int, int]) -> tuple[int, int]:

@@ -42,23 +42,20 @@ _FILTER_TOLD = (
 
 def _no_truth_value(error: Literal["int_type", "float_type"]) -> BeforeValidator:
     def check(value: object) -> object:
-        if isinstance(value, bool):  # pydantic would take true for 1
+        values = value if isinstance(value, list) else [value]
+        if bool in set(map(type, values)):  # pydantic would take true for 1
             raise PydanticKnownError(error)
         return value
 
     return BeforeValidator(check)
 
 
-def _without_truth_values(values: object) -> object:
-    if isinstance(values, list) and bool in set(map(type, values)):
-        raise PydanticKnownError("float_type")
-    return values
-
-
 Whole: TypeAlias = Annotated[int, _no_truth_value("int_type")]
 """A whole number in a request."""
 Number: TypeAlias = Annotated[float, _no_truth_value("float_type")]
 """A number in a request."""
+Numbers: TypeAlias = Annotated[list[float], _no_truth_value("float_type")]
+"""A list of numbers in a request."""
 
 
 class Options(BaseModel):
@@ -270,7 +267,7 @@ class SearchRequest(SearchTerms, FilterObject):
     id: str | None = Field(
         default=None, description="of a picture in the collection", examples=["cat-1"]
     )
-    vector: Annotated[list[float], BeforeValidator(_without_truth_values)] | None = Field(
+    vector: Numbers | None = Field(
         default=None, description="a CLS embedding of the model, of any length but zero"
     )
 
