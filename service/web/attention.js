@@ -12,12 +12,12 @@ const CENTRE = { x: 0.5, y: 0.5 };
 const VIEWS = {
   heads: {
     query: {},
-    controls: ["block", "point-x", "point-y", "colormap", "overlay", "threshold"],
+    controls: ["block", "point", "colormap", "overlay", "threshold"],
     note: (from) => `Where ${from} looks, head by head`,
   },
   rollout: {
     query: { rollout: true },
-    controls: ["point-x", "point-y", "colormap", "overlay", "threshold"],
+    controls: ["point", "colormap", "overlay", "threshold"],
     note: (from) => `Where ${from} looks, rolled out over all blocks`,
     caption: "All blocks",
   },
@@ -29,12 +29,13 @@ const VIEWS = {
   },
   similarity: {
     query: { view: "similarity" },
-    controls: ["point-x", "point-y", "colormap", "overlay"],
+    controls: ["point", "colormap", "overlay"],
     note: () => "How alike each patch is to the one at the point",
     caption: "Likeness to the point",
   },
 };
 const CONTROLS = VIEWS.heads.controls; // all of them
+const COORDINATES = ["point-x", "point-y"]; // the inputs of the control "point"
 const NEED_ATTENTION = ["heads", "rollout"];
 
 const $ = (id) => document.getElementById(id);
@@ -105,11 +106,15 @@ export class AttentionPanel {
 
   /** The point as fractions of width and height; null is CLS, or the centre where there must be one. */
   get #point() {
-    const [x, y] = [$("point-x"), $("point-y")];
+    const [x, y] = COORDINATES.map($);
     if (x.value && y.value && x.validity.valid && y.validity.valid) {
       return { x: Number(x.value) / 100, y: Number(y.value) / 100 };
     }
     return this.#view === VIEWS.similarity ? CENTRE : null;
+  }
+
+  get #takesPoint() {
+    return this.#view.controls.includes("point");
   }
 
   #setPoint(point) {
@@ -119,19 +124,22 @@ export class AttentionPanel {
   }
 
   #showPoint() {
-    const takesPoint = this.#view.controls.includes("point-x");
+    const takesPoint = this.#takesPoint;
     this.#marker.show(this.#shown && takesPoint ? this.#point : null);
-    for (const id of ["point-x", "point-y"]) {
+    for (const id of COORDINATES) {
       $(id).placeholder = this.#view === VIEWS.similarity ? "50" : "";
       $(id).ariaInvalid = String(!$(id).validity.valid);
     }
-    $("no-point").disabled = !takesPoint || !($("point-x").value || $("point-y").value);
+    $("no-point").disabled = !takesPoint || !COORDINATES.some((id) => $(id).value);
   }
 
   /** Tiles and controls for the chosen view. */
   #arrange() {
     const { caption, controls } = this.#view;
-    for (const id of CONTROLS) $(id).disabled = !controls.includes(id);
+    for (const control of CONTROLS) {
+      const ids = control === "point" ? COORDINATES : [control];
+      for (const id of ids) $(id).disabled = !controls.includes(control);
+    }
     for (const tile of this.#tiles) tile.image.clear();
     if (caption) {
       this.#tiles = [new MapTile(undefined, caption)];
@@ -151,7 +159,7 @@ export class AttentionPanel {
     const hasAttention = this.#model?.heads !== 0;
     const parts = [this.#view.note(this.#point ? "the point’s patch" : "the CLS token")];
     if (!hasAttention) parts.push("this model is a convolutional network, which has no attention");
-    if (!$("point-x").validity.valid || !$("point-y").validity.valid) {
+    if (!COORDINATES.every((id) => $(id).validity.valid)) {
       parts.push("a point’s x and y are numbers from 0 to 100");
     }
     if (this.#shown && !this.#shown.file) parts.push("drawn from the stored thumbnail");
@@ -196,20 +204,16 @@ export class AttentionPanel {
   /** What is asked of the service, for the controls that have a part in the view. */
   #options() {
     const { query, controls } = this.#view;
-    const point = this.#point;
     const threshold = Number($("threshold").value) / 100;
     const chosen = {
       block: $("block").value,
-      "point-x": pointText(point),
+      point: pointText(this.#point),
       colormap: $("colormap").value,
       overlay: Number($("overlay").value) / 100,
       threshold: threshold < 1 ? threshold : undefined,
     };
     const options = { ...query, resolution: this.#model.max_resolution, size: MAP_PIXELS };
-    for (const id of controls) {
-      const name = id === "point-x" ? "point" : id;
-      if (chosen[id] !== undefined) options[name] = chosen[id];
-    }
+    for (const control of controls) options[control] = chosen[control];
     return options;
   }
 
@@ -225,7 +229,7 @@ export class AttentionPanel {
         redrawSoon();
       });
     }
-    for (const id of ["point-x", "point-y"]) {
+    for (const id of COORDINATES) {
       $(id).addEventListener("input", () => {
         this.#showPoint();
         this.#showNote();
@@ -245,8 +249,7 @@ export class AttentionPanel {
     for (const id of ["preview", "maps"]) {
       $(id).addEventListener("click", (event) => {
         if (!(event.target instanceof HTMLImageElement)) return;
-        if (!this.#shown || !this.#model) return;
-        if (!this.#view.controls.includes("point-x")) return;
+        if (!this.#shown || !this.#model || !this.#takesPoint) return;
         const point = pointIn(event.target, event);
         if (!point) return;
         this.#setPoint(point);
