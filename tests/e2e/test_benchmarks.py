@@ -2,11 +2,17 @@
 
 import json
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from benchmarks.serving_clients import Target, drive
 from tests.training.conftest import finish
 
 
@@ -109,3 +115,46 @@ def test_serving_beside_its_ceiling_and_litserve() -> None:
         ceilings = [*names, *(f"{name}, as many" for name in names)]
         assert set(found["per_s"][kind]) == {*ceilings, "service", *rivals}
         assert min(found["per_s"][kind].values()) > 0
+
+
+class Slow(BaseHTTPRequestHandler):
+    """Answers `slow` pictures late, and closes connections that ask for nothing."""
+
+    protocol_version = "HTTP/1.1"
+    timeout = 0.3
+    status = 200
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        time.sleep(1.0 if b"slow" in body else 0.0)
+        self.send_response(self.status)
+        self.send_header("Content-Length", "300000")
+        self.end_headers()
+        self.wfile.write(bytes(300_000))
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        pass
+
+
+@pytest.fixture
+def slow() -> Iterator[Target]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield Target(server.server_port)
+        server.shutdown()
+        thread.join()
+
+
+def test_clients_wait_for_each_other(slow: Target) -> None:
+    pictures = [b"slow" * 500_000, b"quick", b"quick"]  # the first is sent in several parts
+    load = drive(slow, iter(pictures), clients=2)
+    assert len(load.seconds_each) == 3
+    assert max(load.seconds_each) >= 1.0  # the other connection was closed long before
+    assert drive(slow, iter([]), clients=2).seconds_each == []
+
+
+def test_clients_tell_of_errors(slow: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Slow, "status", 503)
+    with pytest.raises(RuntimeError, match=r"HTTP/1\.1 503"):
+        drive(slow, iter([b"quick"]), clients=1)
