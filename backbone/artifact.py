@@ -19,7 +19,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -123,17 +124,23 @@ def write_artifact(artifact: Artifact, path: Path) -> str:
     return artifact.fingerprint
 
 
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Raises `ArtifactError` in the place of what reading a safetensors file raises."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path} is not a readable safetensors file: {error}") from error
+
+
 def is_artifact(path: Path) -> bool:
     """Whether a safetensors file says that it is one of ours.
 
     Raises:
         ArtifactError: it is no safetensors file.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return _ENTRY in (file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} is not a readable safetensors file: {error}") from error
+    with readable(path), safe_open(path, framework="pt") as file:
+        return _ENTRY in (file.metadata() or {})
 
 
 def read_artifact(path: Path) -> Artifact:
@@ -144,14 +151,11 @@ def read_artifact(path: Path) -> Artifact:
     """
     if not path.is_file():
         raise ArtifactError(f"model file {str(path)!r} does not exist")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            header = _header(metadata, path)
-            architecture, preprocess = _parts(header, path)
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} is not a readable safetensors file: {error}") from error
+    with readable(path), safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        header = _header(metadata, path)
+        architecture, preprocess = _parts(header, path)
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     whitening = {name: weights.pop(name) for name in _WHITENING if name in weights}
     check_weights(weights, architecture, path)
     _check_whitening(whitening, architecture, path)

@@ -59,7 +59,7 @@ class Published:
 
     Attributes:
         weights: the file of the tensors.
-        mean, std: of each channel, on a scale of 0 to 1; None where the folder does not tell.
+        mean, std: of each channel, on a scale of 0 to 1; both None where the folder does not tell.
         num_heads: attention heads; None where the folder does not tell.
     """
 
@@ -100,7 +100,7 @@ def original_names(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tenso
     Query, key and value of a block, three tensors of [D, D] there, are one of [3 D, D] here.
 
     Raises:
-        ArtifactError: a block's query, key and value do not go together.
+        ArtifactError: a block's query, key and value do not go together, or a tensor has two names.
     """
     prefix = "vit." if any(name.startswith("vit.embeddings.") for name in tensors) else ""
     if f"{prefix}embeddings.cls_token" not in tensors:

@@ -11,12 +11,18 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from backbone.architectures import VITS, Architecture
-from backbone.artifact import Artifact, ArtifactError, check_weights, is_artifact, read_artifact
+from backbone.artifact import (
+    Artifact,
+    ArtifactError,
+    check_weights,
+    is_artifact,
+    read_artifact,
+    readable,
+)
 from backbone.hugging_face import CONFIG, Published, is_published, original_names, read_folder
 from backbone.preprocess import Preprocess
 
@@ -207,10 +213,8 @@ def _is_plain(tensor: Tensor) -> bool:
 
 def _load(path: Path) -> object:
     if path.suffix == ".safetensors":
-        try:
+        with readable(path):
             return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ArtifactError(f"{path} is not a readable safetensors file: {error}") from error
     try:
         # A full checkpoint carries its command line, a Namespace of plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):
